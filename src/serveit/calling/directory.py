@@ -1,0 +1,137 @@
+"""What one process knows of one app: a router per backend, a traffic policy per endpoint.
+
+Fed by snapshots; asked once per request which backend is meant and who leads to it.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from serveit.calling.router import Router
+from serveit.config import did_you_mean
+from serveit.declare.traffic import Traffic, choose, choose_sticky, shadows_for
+from serveit.exceptions import Rejected
+from serveit.types import DEFAULT_METHOD
+
+if TYPE_CHECKING:
+    from asyncio import Future
+    from collections.abc import Callable
+
+    from serveit.calling.exchange import Exchange
+    from serveit.calling.router import Connector
+    from serveit.clock import DeadlineWheel
+    from serveit.control.snapshot import AppInfo, BackendInfo
+    from serveit.observe import Observer
+    from serveit.types import Clock
+
+logger = logging.getLogger("serveit.router")
+
+
+class Endpoint(NamedTuple):
+    """Where a name leads: a backend's own name (one backend, weight 1) or a route's."""
+
+    name: str
+    traffic: Traffic
+    target: str
+
+
+class Directory:
+    """The names of an app and the routers behind them."""
+
+    def __init__(
+        self,
+        app: str,
+        *,
+        default_queue: int,
+        connect: Connector,
+        clock: Clock,
+        wheel: DeadlineWheel,
+        observer: Observer,
+        rng: random.Random | None = None,
+    ) -> None:
+        self.app = app
+        self.clock = clock
+        self._random = rng or random.Random()
+        self._endpoints: dict[str, Endpoint] = {}
+        self._routers: dict[str, Router] = {}
+        self._make_router: Callable[[BackendInfo], Router] = partial(
+            Router,
+            default_queue=default_queue,
+            connect=connect,
+            clock=clock,
+            wheel=wheel,
+            observer=observer,
+            rng=self._random,
+        )
+
+    async def update(self, info: AppInfo) -> None:
+        """Follow a snapshot; new backends are connected before their names are known here."""
+        gone = self._routers.keys() - {backend.name for backend in info.backends}
+        for backend in info.backends:
+            router = self._routers.get(backend.name)
+            if router is None:
+                router = self._routers[backend.name] = self._make_router(backend)
+            await router.update(backend)
+        endpoints = {
+            backend.name: Endpoint(backend.name, Traffic(((backend.name, 1.0),), ()), DEFAULT_METHOD)
+            for backend in info.backends
+        }
+        for endpoint in info.endpoints:
+            traffic = Traffic(endpoint.weights, endpoint.shadows)
+            endpoints[endpoint.name] = Endpoint(endpoint.name, traffic, endpoint.target)
+        self._endpoints = endpoints
+        for name in gone:
+            self._routers.pop(name).close()
+
+    def close(self) -> None:
+        for router in self._routers.values():
+            router.close()
+
+    @property
+    def routers(self) -> dict[str, Router]:
+        return self._routers
+
+    def endpoint(self, name: str) -> Endpoint:
+        """The endpoint or backend called `name`.
+
+        Raises:
+            KeyError: there is none; the text lists or suggests the known names.
+        """
+        found = self._endpoints.get(name)
+        if found is None:
+            known = sorted(self._endpoints)
+            raise KeyError(
+                f"app {self.app!r} has no backend or endpoint {name!r}: {did_you_mean(name, known)}"
+            )
+        return found
+
+    def choose(self, endpoint: Endpoint, shard_key: str | None = None) -> Router:
+        """The router of the backend that this request goes to. Hot path: once per request."""
+        traffic = endpoint.traffic
+        if shard_key is not None:
+            backend = choose_sticky(traffic, shard_key)
+        else:
+            backend = choose(traffic, self._random.random())
+        return self._routers[backend]
+
+    def shadow(self, endpoint: Endpoint, copy: Callable[[], Exchange]) -> None:
+        """Send copies of a request to the endpoint's shadows; their answers are nobody's.
+
+        A shadow never waits: where its backend has no room right now, it is left out.
+        """
+        for backend in shadows_for(endpoint.traffic, self._random.random):
+            exchange = copy()
+            exchange.answer.add_done_callback(partial(_drop, exchange))
+            try:
+                self._routers[backend].submit_now(exchange)
+            except Rejected:
+                logger.debug("no room for a shadow request to backend %r", backend)
+
+
+def _drop(exchange: Exchange, answer: Future[Any]) -> None:
+    """Take a shadow's outcome, so that asyncio does not report it as never retrieved."""
+    if not answer.cancelled() and answer.exception() is None and answer.result().inflow is not None:
+        exchange.cancel()

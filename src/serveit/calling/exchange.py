@@ -1,0 +1,162 @@
+"""One request in the caller's process, from its submission to the last octet of its answer.
+
+Hot path: one object per request. A router moves it through its phases; whoever made it awaits
+`answer` and reads `inflow`. Handles send CALLs, proxies send REQUESTs; what differs is the message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from enum import IntEnum
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+
+from serveit.wire.frames import MAX_INLINE, Buffer, Message
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from serveit.calling.connection import Connection
+    from serveit.wire.frames import Failure, FrameType
+    from serveit.wire.streams import Inflow, Outflow
+
+
+class Phase(IntEnum):
+    """How far a request has come; what a failure means depends on it."""
+
+    WAITING = 0
+    """In the router: not executed."""
+    SENT = 1
+    """With the replica, which runs it unless it says otherwise: maybe executed."""
+    QUEUED = 2
+    """In the replica's waiting room: not executed."""
+    STARTED = 3
+    """User code may be running."""
+    ANSWERING = 4
+    """The head of the answer is here, more of the body may come."""
+    DONE = 5
+
+
+class Owner(Protocol):
+    """The router, as an exchange sees it."""
+
+    def cancel(self, exchange: Exchange) -> None: ...
+
+    def expire(self, exchange: Exchange) -> None: ...
+
+
+M = TypeVar("M", bound=Message)
+
+
+class Answer(Generic[M]):
+    """The head of an answer and as much of its body as came with it.
+
+    Attributes:
+        message: HttpAnswer or CallAnswer.
+        flags: of the ANSWER frame.
+        body: the octets that came along.
+        inflow: where the rest comes in; None if this was all.
+    """
+
+    __slots__ = ("body", "flags", "inflow", "message")
+
+    def __init__(self, message: M, flags: int, body: bytes, inflow: Inflow | None) -> None:
+        self.message = message
+        self.flags = flags
+        self.body = body
+        self.inflow = inflow
+
+
+class Exchange:
+    """One request under way.
+
+    All of its mutable state is here and changed only by the router and the connection that have it:
+    `phase`, `connection`, `stream` (where it was sent), `bucket` (its place in the deadline wheel),
+    `refused_by` (replicas not to be asked again while others are left), `resent`.
+    """
+
+    __slots__ = (
+        "answer",
+        "answer_type",
+        "body",
+        "body_size",
+        "bucket",
+        "connection",
+        "deadline",
+        "frame_type",
+        "message",
+        "outflow",
+        "owner",
+        "phase",
+        "refused_by",
+        "resent",
+        "stream",
+        "waiting_since",
+    )
+
+    def __init__(
+        self,
+        frame_type: FrameType,
+        message: Message,
+        body: Sequence[Buffer],
+        answer_type: type[Message],
+        deadline: float | None,
+    ) -> None:
+        """
+        Args:
+            frame_type: REQUEST or CALL.
+            message: its metadata; `deadline_ms` is filled in when it is sent.
+            body: the body's buffers.
+            answer_type: HttpAnswer or CallAnswer.
+            deadline: on the clock of this process; None for no limit.
+        """
+        self.frame_type = frame_type
+        self.message = message
+        self.body = body
+        self.body_size = sum(map(_nbytes, body))
+        self.answer_type = answer_type
+        self.deadline = deadline
+        self.answer: asyncio.Future[Answer[Message]] = asyncio.get_running_loop().create_future()
+        self.phase = Phase.WAITING
+        self.owner: Owner | None = None
+        self.connection: Connection | None = None
+        self.stream = 0
+        self.outflow: Outflow | None = None
+        self.bucket: int | None = None
+        self.refused_by: frozenset[str] = frozenset()
+        self.resent = False
+        self.waiting_since = 0.0
+
+    def __repr__(self) -> str:
+        where = f" on {self.connection.replica.id}/{self.stream}" if self.connection else ""
+        return f"<Exchange {self.frame_type.name} {self.phase.name}{where}>"
+
+    @property
+    def inline(self) -> bool:
+        """Whether the body fits the message's own frame."""
+        return self.body_size <= MAX_INLINE
+
+    def cancel(self) -> None:
+        """Nobody wants the answer any more."""
+        if self.owner is not None and self.phase != Phase.DONE:
+            self.owner.cancel(self)
+
+    def expire(self) -> None:
+        """Called by the deadline wheel."""
+        if self.owner is not None and self.phase < Phase.ANSWERING:
+            self.owner.expire(self)
+
+    def rebuild(self, failure: Failure, body: bytes) -> BaseException:
+        """The exception that an ERROR frame means to whoever asked."""
+        raise NotImplementedError
+
+    def succeed(self, answer: Answer[Message]) -> None:
+        if not self.answer.done():
+            self.answer.set_result(answer)
+
+    def fail(self, error: BaseException) -> None:
+        if not self.answer.done():
+            self.answer.set_exception(error)
+
+
+def _nbytes(buffer: Buffer) -> int:
+    return buffer.nbytes if isinstance(buffer, memoryview) else len(buffer)

@@ -1,0 +1,95 @@
+"""The real clock, and one coarse wheel of deadlines in place of a timer a request."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from serveit.types import Clock, Timer
+
+
+class LoopClock:
+    """The running event loop's clock; made inside the loop that it serves."""
+
+    def __init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.time: Callable[[], float] = loop.time
+        self._call_later = loop.call_later
+
+    def call_later(self, delay_s: float, callback: Callable[..., Any], *args: Any) -> Timer:
+        return self._call_later(delay_s, callback, *args)
+
+
+class Expirable(Protocol):
+    """Something with a deadline."""
+
+    def expire(self) -> None:
+        """Called once, on the loop, up to one tick after the deadline."""
+
+
+class DeadlineWheel:
+    """Deadlines in buckets of `tick_s`; one timer, armed for the earliest bucket that holds any.
+
+    Hot path: `add` and `discard` once per request with a deadline, each one set operation. A request
+    expires up to one tick late, never early (after Varghese and Lauck's hashed wheels, 1987).
+    """
+
+    def __init__(self, clock: Clock, tick_s: float = 0.01) -> None:
+        self._clock = clock
+        self._tick_s = tick_s
+        self._buckets: dict[int, set[Expirable]] = {}
+        self._order: list[int] = []
+        self._timer: Timer | None = None
+        self._armed_for = 0
+
+    def __len__(self) -> int:
+        return sum(map(len, self._buckets.values()))
+
+    def add(self, item: Expirable, deadline: float) -> int:
+        """Watch `item`; returns the bucket to name in `discard`."""
+        bucket = int(deadline / self._tick_s) + 1
+        members = self._buckets.get(bucket)
+        if members is None:
+            self._buckets[bucket] = {item}
+            heapq.heappush(self._order, bucket)
+            if self._timer is None or bucket < self._armed_for:
+                self._arm()
+        else:
+            members.add(item)
+        return bucket
+
+    def discard(self, item: Expirable, bucket: int) -> None:
+        members = self._buckets.get(bucket)
+        if members is not None:
+            members.discard(item)
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._buckets.clear()
+        self._order.clear()
+
+    def _arm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        while self._order and not self._buckets[self._order[0]]:
+            del self._buckets[heapq.heappop(self._order)]
+        if self._order:
+            self._armed_for = self._order[0]
+            delay_s = max(0.0, self._armed_for * self._tick_s - self._clock.time())
+            self._timer = self._clock.call_later(delay_s, self._fire)
+
+    def _fire(self) -> None:
+        self._timer = None
+        now = self._clock.time()
+        due: list[Expirable] = []
+        while self._order and self._order[0] * self._tick_s <= now:
+            due.extend(self._buckets.pop(heapq.heappop(self._order)))
+        self._arm()
+        for item in due:
+            item.expire()

@@ -1,0 +1,1 @@
+"""What should run, what does, and the actions that bring them together: pure functions and records."""

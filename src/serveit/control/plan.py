@@ -1,0 +1,1 @@
+"""`plan(desired, actual, now)`: the actions that bring what runs to what should run; pure."""

@@ -1,0 +1,1 @@
+"""What the user writes: apps, backends, routes and traffic, compiled and checked but not run."""

@@ -1,0 +1,1 @@
+"""Where user code runs: a replica admits, binds, runs and encodes what arrives over its links."""

@@ -1,0 +1,137 @@
+"""The replica's end of a link to one caller: frames to jobs. The caller's is `calling/connection.py`.
+
+Hot path: `frame_received` once per request.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+from serveit.exceptions import BodyTooLarge, ProtocolError, ReplicaDied
+from serveit.running.calljob import CallJob
+from serveit.running.failures import failure_of
+from serveit.running.httpjob import Bindings, HttpJob
+from serveit.running.replica import Cancelled
+from serveit.running.reply import Reply
+from serveit.wire.frames import END, Call, Credit, Frame, FrameType, Request, decode_message
+from serveit.wire.streams import Collector
+
+if TYPE_CHECKING:
+    from serveit.running.job import Job
+    from serveit.running.replica import Replica
+    from serveit.wire.link import Link
+
+MAX_REQUEST = 4 * 1024**3
+"""Cap on a request that is put together here. A proxy has its own, far lower (`max_body_bytes`); a
+Python caller is authenticated and says beforehand how much will come."""
+
+
+class Listener:
+    """Receives for one caller; to the replica it is that caller's lane.
+
+    All mutable state: `waiting` and `running` (kept by the replica), `_collecting` (requests whose
+    bodies are still coming), `_jobs` (jobs whose stream has not ended).
+    """
+
+    def __init__(self, replica: Replica, bindings: Bindings, link: Link) -> None:
+        self.waiting: deque[Job] = deque()
+        self.running = 0
+        self._replica = replica
+        self._bindings = bindings
+        self._link = link
+        self._collecting: dict[int, tuple[Request | Call, Collector]] = {}
+        self._jobs: dict[int, HttpJob | CallJob] = {}
+
+    def __repr__(self) -> str:
+        return f"<Listener {self._replica.id} open={len(self._jobs)} waiting={len(self.waiting)}>"
+
+    # -- running.reply.ReplyOwner ------------------------------------------------------------
+
+    def others(self) -> int:
+        return self._replica.others(self)
+
+    def reply_ended(self, reply: Reply) -> None:
+        self._jobs.pop(reply.stream, None)
+
+    # -- wire.link.Receiver ------------------------------------------------------------------
+
+    def frame_received(self, frame: Frame) -> None:
+        kind = frame.type
+        if kind == FrameType.REQUEST:
+            self._open(frame, decode_message(Request, frame))
+        elif kind == FrameType.CALL:
+            self._open(frame, decode_message(Call, frame))
+        elif kind == FrameType.DATA:
+            self._data(frame)
+        elif kind == FrameType.CANCEL:
+            self._cancel(frame.stream)
+        elif kind == FrameType.CREDIT:
+            job = self._jobs.get(frame.stream)
+            if job is not None:
+                job.reply.credited(decode_message(Credit, frame).octets)
+        elif kind != FrameType.PING:
+            raise ProtocolError(f"a caller must not send frames of type {kind}")
+
+    def link_lost(self, error: BaseException | None) -> None:
+        self._collecting.clear()
+        for job in list(self._jobs.values()):
+            job.reply.abort(ReplicaDied("the caller is gone"))
+            self._replica.cancel(job)
+        self._jobs.clear()
+
+    def _open(self, frame: Frame, message: Request | Call) -> None:
+        stream = frame.stream
+        if stream in self._jobs or stream in self._collecting:
+            raise ProtocolError(f"stream {stream} is open already")
+        if frame.flags & END:
+            self._admit(stream, message, frame.body)
+            return
+        limit = sum(message.sizes) if isinstance(message, Call) else MAX_REQUEST
+        self._collecting[stream] = message, Collector(self._link, stream, min(limit, MAX_REQUEST))
+
+    def _data(self, frame: Frame) -> None:
+        entry = self._collecting.get(frame.stream)
+        if entry is None:
+            return  # cancelled or refused meanwhile
+        message, collector = entry
+        try:
+            body = collector.received(frame.body, frame.flags)
+        except BodyTooLarge as error:
+            del self._collecting[frame.stream]
+            failure = failure_of(error, others=self.others(), in_user_code=False)
+            Reply(self, self._link, frame.stream).error(failure)
+            return
+        if body is not None:
+            del self._collecting[frame.stream]
+            self._admit(frame.stream, message, body)
+
+    def _admit(self, stream: int, message: Request | Call, body: bytes) -> None:
+        deadline = None
+        if message.deadline_ms is not None:
+            deadline = self._replica.clock.time() + message.deadline_ms / 1000
+        reply = Reply(self, self._link, stream)
+        job: HttpJob | CallJob
+        if isinstance(message, Request):
+            job = HttpJob(self, message, body, deadline, reply, self._bindings)
+        else:
+            job = CallJob(self, message, body, deadline, reply)
+        self._jobs[stream] = job
+        self._replica.admit(job)
+
+    def _cancel(self, stream: int) -> None:
+        entry = self._collecting.pop(stream, None)
+        cancelled = Cancelled("cancelled by its caller")
+        if entry is not None:
+            Reply(self, self._link, stream).error(
+                failure_of(cancelled, others=self.others(), in_user_code=False)
+            )
+            return
+        job = self._jobs.get(stream)
+        if job is None:
+            return  # its last frame is on the way
+        job.reply.abort(cancelled)
+        self._replica.cancel(job)
+        if stream in self._jobs and job.is_done:
+            # The job is over, only its body was still going out.
+            job.fail(cancelled)

@@ -1,0 +1,122 @@
+"""One stream's way back to its caller: frames out, and the state of a body that is still going.
+
+Hot path: `whole` once per request.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from serveit.wire.frames import (
+    END,
+    FREED,
+    MAX_INLINE,
+    Buffer,
+    Failure,
+    FrameType,
+    Load,
+    Message,
+    Refusal,
+    encode_message,
+)
+from serveit.wire.streams import Outflow
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from serveit.wire.link import Link
+
+
+class ReplyOwner(Protocol):
+    """The listener, as a reply sees it."""
+
+    def others(self) -> int: ...
+
+    def reply_ended(self, reply: Reply) -> None:
+        """The last frame of the stream has been handed to the link."""
+
+
+class Reply:
+    """Ends its stream with exactly one of: an ANSWER or DATA with END, ERROR, REFUSED."""
+
+    __slots__ = ("_owner", "ended", "link", "outflow", "stream")
+
+    def __init__(self, owner: ReplyOwner, link: Link, stream: int) -> None:
+        self._owner = owner
+        self.link = link
+        self.stream = stream
+        self.outflow: Outflow | None = None
+        self.ended = False
+
+    def others(self) -> int:
+        """The load that every frame back carries."""
+        return self._owner.others()
+
+    def queued(self) -> None:
+        self.link.send(FrameType.QUEUED, self.stream, encode_message(Load(self.others())))
+
+    def started(self) -> None:
+        """Written out at once: what a caller concludes from a lost link depends on it."""
+        self.link.send(FrameType.STARTED, self.stream, encode_message(Load(self.others())))
+        self.link.flush()
+
+    def refuse(self, reason: str) -> None:
+        self.link.send(FrameType.REFUSED, self.stream, encode_message(Refusal(self.others(), reason)))
+        self._end()
+
+    def whole(self, message: Message, buffers: Sequence[Buffer], size: int) -> None:
+        """An answer whose body is all here. If it is large the slot is free before it is sent."""
+        meta = encode_message(message)
+        if size <= MAX_INLINE:
+            body = buffers[0] if len(buffers) == 1 else b"".join(buffers)
+            self.link.send(FrameType.ANSWER, self.stream, meta, body, END)
+            self._end()
+            return
+        self.link.send(FrameType.ANSWER, self.stream, meta, b"", FREED)
+        self.outflow = Outflow(self.link, self.stream)
+        self.outflow.write(buffers, end=True)
+        self._end_if_idle()
+
+    def begin(self, message: Message, flags: int = 0) -> None:
+        """The head of an answer whose body is still being made."""
+        self.link.send(FrameType.ANSWER, self.stream, encode_message(message), b"", flags)
+        self.outflow = Outflow(self.link, self.stream)
+
+    async def push(self, buffers: Sequence[Buffer], *, item: bool = False) -> None:
+        """Some of the body; waits while the reader is behind."""
+        assert self.outflow is not None, "begin() comes first"
+        self.outflow.write(buffers, item=item)
+        await self.outflow.drain()
+
+    def finish(self) -> None:
+        """The body is complete."""
+        assert self.outflow is not None, "begin() comes first"
+        self.outflow.write([], end=True)
+        self._end_if_idle()
+
+    def error(self, failure: Failure, pickled: bytes = b"") -> None:
+        """The request failed; after `begin` this cuts the body off."""
+        if self.ended:
+            return
+        self.link.send(FrameType.ERROR, self.stream, encode_message(failure), pickled)
+        self._end()
+
+    def credited(self, octets: int) -> None:
+        """The caller took so much of the body."""
+        if self.outflow is not None:
+            self.outflow.credited(octets)
+            self._end_if_idle()
+
+    def abort(self, error: BaseException) -> None:
+        """The caller is gone: whoever waits in `push` gets the error."""
+        if self.outflow is not None:
+            self.outflow.abort(error)
+
+    def _end_if_idle(self) -> None:
+        if self.outflow is not None and self.outflow.ended:
+            self._end()
+
+    def _end(self) -> None:
+        if not self.ended:
+            self.ended = True
+            self._owner.reply_ended(self)

@@ -1,0 +1,1 @@
+"""Bytes between processes: frames, and links that carry them for many requests at once."""

@@ -1,0 +1,261 @@
+"""Wire format v1, sans-IO: messages to bytes, bytes to frames. Hot path: a few calls per request.
+
+A frame is a 10-byte header (u32 length of what follows it, u8 type, u8 flags, u32 stream), then a
+u32 length of metadata, the metadata (msgpack), and the body (octets that are nobody's business
+here). Many streams share one connection; the caller numbers them. Each message's metadata ends in a
+map, for what later versions add.
+
+    caller → replica   REQUEST (HTTP), CALL (Python), RESERVE (a slot for an actor task), CANCEL
+    replica → caller   QUEUED, STARTED, then one of ANSWER, ERROR, REFUSED, RESERVED
+    both ways          HELLO, AUTH, DATA, CREDIT, PING, GOAWAY
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+from enum import IntEnum
+from typing import Any, TypeVar
+
+import msgspec
+
+from serveit.exceptions import ProtocolError
+from serveit.types import Executed, HeaderList, HttpRequest
+
+VERSION = 1
+MAGIC = b"serveit"
+
+MAX_INLINE = 64 * 1024
+"""Bytes of body that travel in the frame of their message; more follows as DATA under credit."""
+
+MAX_FRAME = 512 * 1024
+"""Cap on what follows a header; a longer frame is refused before memory is taken for it."""
+
+HEADER = struct.Struct("!IBBI")
+_META = struct.Struct("!I")
+_HEAD = struct.Struct("!IBBII")  # header and metadata length in one call
+
+Buffer = bytes | bytearray | memoryview
+
+
+class FrameType(IntEnum):
+    """The type octet."""
+
+    HELLO = 1
+    AUTH = 2
+    REQUEST = 3
+    CALL = 4
+    RESERVE = 5
+    RESERVED = 6
+    DATA = 7
+    CREDIT = 8
+    ANSWER = 9
+    ERROR = 10
+    REFUSED = 11
+    QUEUED = 12
+    STARTED = 13
+    CANCEL = 14
+    PING = 15
+    GOAWAY = 16
+
+
+# Flags.
+END = 1
+"""Nothing more follows from this side on this stream."""
+PART = 2
+"""DATA: the item goes on in the next DATA frame."""
+FREED = 4
+"""ANSWER: user code is done and its slot free, though the body is still to follow."""
+STREAM = 8
+"""ANSWER: the body is a sequence of items, one pickle each."""
+PONG = 16
+"""PING: this is the reply."""
+
+
+class Frame(msgspec.Struct, gc=False, frozen=True):
+    """One frame as it was on the wire; metadata is decoded by who knows the stream."""
+
+    type: int
+    flags: int
+    stream: int
+    meta: bytes
+    body: bytes
+
+
+class Message(msgspec.Struct, array_like=True, gc=False):
+    """Metadata of a frame; every kind ends in `extra`."""
+
+
+class Hello(Message):
+    """The first frame both ways: what each side speaks and is."""
+
+    magic: bytes
+    versions: tuple[int, int]
+    role: str
+    features: list[str]
+    extra: dict[str, Any] = {}
+
+
+class Request(Message):
+    """REQUEST: an HTTP request; the frame's body is the HTTP body."""
+
+    request_id: str
+    http: HttpRequest
+    deadline_ms: int | None = None
+    extra: dict[str, Any] = {}
+
+
+class Call(Message):
+    """CALL: a Python call. The body is the pickle of (args, kwargs), then its out-of-band buffers."""
+
+    request_id: str
+    target: str
+    sizes: list[int]
+    deadline_ms: int | None = None
+    extra: dict[str, Any] = {}
+
+
+class Load(Message):
+    """QUEUED, STARTED: `others` is what the replica runs for everybody but the receiver."""
+
+    others: int
+    extra: dict[str, Any] = {}
+
+
+class HttpAnswer(Message):
+    """ANSWER to a REQUEST; the body is the HTTP body."""
+
+    others: int
+    status: int
+    headers: HeaderList
+    extra: dict[str, Any] = {}
+
+
+class CallAnswer(Message):
+    """ANSWER to a CALL. The body is a pickle and its out-of-band buffers, of these sizes."""
+
+    others: int
+    sizes: list[int]
+    extra: dict[str, Any] = {}
+
+
+class Failure(Message):
+    """ERROR: what user code raised, or why it was not called. The body: the pickled exception or empty."""
+
+    others: int
+    status: int
+    kind: str
+    """The exception's qualified name."""
+    detail: str
+    """Text that may be shown to an HTTP client; empty if none may."""
+    text: str
+    """The exception's own text, for Python callers and `debug=True`."""
+    executed: Executed
+    errors: list[dict[str, Any]] = []
+    headers: HeaderList = []
+    traceback: str = ""
+    extra: dict[str, Any] = {}
+
+
+class Refusal(Message):
+    """REFUSED: not executed and never will be; "full" or "draining"."""
+
+    others: int
+    reason: str
+    extra: dict[str, Any] = {}
+
+
+class Credit(Message):
+    """CREDIT: the receiver may send so many more octets of DATA on this stream."""
+
+    octets: int
+    extra: dict[str, Any] = {}
+
+
+M = TypeVar("M", bound=Message)
+
+_encoder = msgspec.msgpack.Encoder()
+encode_message = _encoder.encode
+"""Metadata to bytes."""
+
+_decoders: dict[type[Any], msgspec.msgpack.Decoder[Any]] = {
+    kind: msgspec.msgpack.Decoder(kind)
+    for kind in (Hello, Request, Call, Load, HttpAnswer, CallAnswer, Failure, Refusal, Credit)
+}
+
+
+def decode_message(kind: type[M], frame: Frame) -> M:
+    """The frame's metadata as `kind`.
+
+    Raises:
+        ProtocolError: it is something else.
+    """
+    try:
+        message: M = _decoders[kind].decode(frame.meta)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ProtocolError(f"malformed {kind.__name__} metadata: {error}") from None
+    return message
+
+
+def encode_frame(kind: int, stream: int, meta: bytes = b"", body: Buffer = b"", flags: int = 0) -> bytes:
+    """One frame as octets.
+
+    Raises:
+        ProtocolError: metadata and body together are over `MAX_FRAME`.
+    """
+    length = 4 + len(meta) + len(body)
+    if length > MAX_FRAME:
+        raise ProtocolError(f"a frame of {length:,} octets is over the limit of {MAX_FRAME:,}")
+    return b"".join((_HEAD.pack(length, kind, flags, stream, len(meta)), meta, body))
+
+
+_KNOWN = frozenset(FrameType)
+
+
+class Decoder:
+    """Octets in, whole frames out. Holds at most one unfinished frame, so at most `MAX_FRAME` octets."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, data: Buffer) -> list[Frame]:
+        """The frames that `data` completes.
+
+        Raises:
+            ProtocolError: a frame is too long, of unknown type, or its lengths contradict each
+                other. The decoder can't be used afterwards: the connection has to be closed.
+        """
+        if self._rest:
+            data = self._rest + data
+        frames: list[Frame] = []
+        position, available = 0, len(data)
+        while available - position >= HEADER.size:
+            length, kind, flags, stream = HEADER.unpack_from(data, position)
+            self._check(length, kind)
+            end = position + HEADER.size + length
+            if end > available:
+                break
+            start = position + HEADER.size + 4
+            (meta_length,) = _META.unpack_from(data, start - 4)
+            if start + meta_length > end:
+                raise ProtocolError(f"metadata of {meta_length:,} octets in a frame of {length:,}")
+            meta_end = start + meta_length
+            frames.append(Frame(kind, flags, stream, bytes(data[start:meta_end]), bytes(data[meta_end:end])))
+            position = end
+        self._rest = bytes(data[position:])
+        return frames
+
+    @staticmethod
+    def _check(length: int, kind: int) -> None:
+        if not 4 <= length <= MAX_FRAME:
+            raise ProtocolError(f"a frame claims {length:,} octets; 4 to {MAX_FRAME:,} are allowed")
+        if kind not in _KNOWN:
+            raise ProtocolError(f"unknown frame type {kind}")
+
+
+def pieces(buffers: Iterable[Buffer], size: int = MAX_INLINE) -> Iterable[memoryview]:
+    """The octets of `buffers` in slices of at most `size`, without copying."""
+    for buffer in buffers:
+        view = memoryview(buffer).cast("B")
+        for start in range(0, len(view), size):
+            yield view[start : start + size]

@@ -1,0 +1,35 @@
+"""For every test: asyncio as the loop, and nothing left behind."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Generator, Iterator
+
+import pytest
+from hypothesis import settings
+
+from tests.support import Leftovers, leaving_no_tasks
+
+# A slow machine is no failure; pytest-timeout stops what hangs.
+settings.register_profile("serveit", deadline=None)
+settings.load_profile("serveit")
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    with Leftovers() as leftovers:
+        yield
+        found = leftovers.found()
+    assert not found, "the test left behind\n" + "\n".join(found)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    if inspect.iscoroutinefunction(pyfuncitem.obj):
+        pyfuncitem.obj = leaving_no_tasks(pyfuncitem.obj)
+    return (yield)
