@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import collections
 import dataclasses
 import datetime
@@ -429,11 +430,15 @@ def test_a_subclass_of_request_is_made() -> None:
     assert type(called(f)) is MyRequest
 
 
-async def test_the_body_comes_once_and_then_the_client_is_gone() -> None:
+async def test_the_body_comes_once_and_the_client_is_there_for_as_long_as_one_asks() -> None:
     request = starlette_request(http(), b"abc", {})
-    assert await request.receive() == {"type": "http.request", "body": b"abc", "more_body": False}
-    assert await request.receive() == {"type": "http.disconnect"}
-    assert await request.receive() == {"type": "http.disconnect"}
+    assert not await request.is_disconnected()
+    assert await request.body() == b"abc"
+    assert not await request.is_disconnected()
+    waiting = asyncio.ensure_future(request.receive())
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    waiting.cancel()
 
 
 def test_the_scope_is_asgis() -> None:

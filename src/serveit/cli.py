@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
+import contextlib
+import importlib
+import itertools
 import os
+import signal
 import socket
 import sys
+import threading
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from serveit.exceptions import ServeitError
+from serveit.exceptions import ImportFailed, ServeitError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from serveit.client import Client
     from serveit.config import HTTPOptions
     from serveit.declare.app import App
+
+_OWN = str(Path(__file__).parent) + os.sep
+_MACHINERY = (
+    _OWN,
+    "<frozen ",
+    "uvloop/",
+    *(str(Path(str(module.__file__)).parent) + os.sep for module in (asyncio, concurrent.futures, importlib)),
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -28,9 +45,7 @@ def main() -> None:
 @main.command()
 @click.argument("target")
 @click.option("--local", is_flag=True, help="In this process, without Ray.")
-@click.option(
-    "--reload", is_flag=True, help="Serve the new code whenever a Python file below this folder is saved."
-)
+@click.option("--reload", is_flag=True, help="Serve the new code whenever a Python file here is saved.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
     "--port", default=8000, show_default=True, type=click.IntRange(0, 65_535), help="0 picks a free one."
@@ -51,7 +66,8 @@ def main() -> None:
 @click.option("--access-log", is_flag=True, help="Log a line per request.")
 @click.option("--debug", is_flag=True, help="Put tracebacks into 500 answers.")
 @click.option("--fd", type=int, hidden=True, help="A listening socket that the parent made (--reload).")
-@click.option("--ready-fd", type=int, hidden=True, help="Closed with a byte once ready (--reload).")
+@click.option("--ready-fd", type=int, hidden=True, help="Gets a byte once ready (--reload).")
+@click.option("--parent-fd", type=int, hidden=True, help="At its end when the parent is gone (--reload).")
 def run(
     target: str,
     local: bool,
@@ -64,6 +80,7 @@ def run(
     debug: bool,
     fd: int | None,
     ready_fd: int | None,
+    parent_fd: int | None,
 ) -> None:
     """Serve the app TARGET until Ctrl-C.
 
@@ -73,22 +90,46 @@ def run(
     from serveit.logs import configure
 
     configure(log_level)
-    options = HTTPOptions(host=host, port=port, location=http_location, access_log=access_log, debug=debug)
+    try:
+        options = HTTPOptions(
+            host=host, port=port, location=http_location, access_log=access_log, debug=debug
+        )
+    except (TypeError, ValueError) as error:
+        raise click.UsageError(str(error)) from None
     if reload:
         from serveit.reload import supervise
 
-        sys.exit(
-            supervise(target, options, [*_passed_on(local, http_location, log_level, access_log, debug)])
-        )
-    app = _load(target)
-    sock = socket.socket(fileno=fd) if fd is not None else None
-    _serve(app, options, local, sock, ready_fd)
+        if not local:
+            raise click.UsageError("--reload needs --local: this version of serveit runs apps in one process")
+        sys.exit(supervise(target, options, _passed_on(http_location, log_level, access_log, debug)))
+    if parent_fd is not None:
+        _end_with(parent_fd)
+    with _stopping_early():
+        app = _load(target)
+        _serve(app, options, local, fd, ready_fd)
+    _leave()
 
 
-def _passed_on(local: bool, location: str, log_level: str, access_log: bool, debug: bool) -> list[str]:
+def _passed_on(location: str, log_level: str, access_log: bool, debug: bool) -> list[str]:
     """The options that a reloading parent gives its children."""
-    flags = [("--local", local), ("--access-log", access_log), ("--debug", debug)]
-    return [flag for flag, given in flags if given] + ["--http-location", location, "--log-level", log_level]
+    flags = [("--access-log", access_log), ("--debug", debug)]
+    given = [flag for flag, is_on in flags if is_on]
+    return ["--local", *given, "--http-location", location, "--log-level", log_level]
+
+
+@contextlib.contextmanager
+def _stopping_early() -> Iterator[None]:
+    """Until `run` looks after signals itself, while the app is imported, they end the command with 0."""
+
+    def leave(*_: Any) -> None:
+        sys.exit(0)
+
+    previous = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _load(target: str) -> App:
@@ -96,17 +137,18 @@ def _load(target: str) -> App:
     from serveit.importer import import_target
 
     try:
-        found: App = import_target(target, App)
-    except ServeitError as error:
-        raise click.ClickException(str(error)) from None
+        app: App = import_target(target, App)
     except Exception as error:
-        raise _their_fault(error, f"{target} cannot be imported") from None
-    return found
+        raise _explain(error, f"{target} cannot be imported", theirs=True) from None
+    if not app.backends:
+        raise click.ClickException(
+            f"the app in {target} has nothing to serve: put @app.route(...) or @app.backend on a function, "
+            "before the app is used"
+        )
+    return app
 
 
-def _serve(
-    app: App, options: HTTPOptions, local: bool, sock: socket.socket | None, ready_fd: int | None
-) -> None:
+def _serve(app: App, options: HTTPOptions, local: bool, fd: int | None, ready_fd: int | None) -> None:
     from serveit.client import run as serve_until_stopped
 
     def on_ready(client: Client) -> None:
@@ -115,35 +157,78 @@ def _serve(
             os.close(ready_fd)
         _show(app, client)
 
+    # The protocol's number is spelled out: where Python cannot ask for it, asyncio leaves TCP_NODELAY off.
+    sock = socket.socket(proto=socket.IPPROTO_TCP, fileno=fd) if fd is not None else None
     try:
         serve_until_stopped(app, http=options, local=local, sock=sock, on_ready=on_ready)
-    except ServeitError as error:
-        raise click.ClickException(str(error)) from None
-    except OSError as error:
-        if error.__notes__ if hasattr(error, "__notes__") else False:
-            raise _their_fault(error, "the app cannot be started") from None
-        raise click.ClickException(error.strerror or str(error)) from None
     except Exception as error:
-        raise _their_fault(error, "the app cannot be started") from None
+        theirs = hasattr(error, "__notes__")  # which replica it was
+        if theirs or isinstance(error, (ServeitError, OSError)):
+            raise _explain(error, "the app cannot be started", theirs=theirs) from None
+        raise
 
 
-def _their_fault(error: BaseException, what: str) -> click.ClickException:
-    """The user's own traceback, without serveit's and the import system's frames, and what it meant."""
-    own = str(Path(__file__).parent)
-    frames = error.__traceback__
-    while frames is not None and frames.tb_frame.f_code.co_filename.startswith((own, "<frozen ")):
-        frames = frames.tb_next
-    lines = traceback.format_exception(type(error), error, frames)
-    click.echo("".join(lines), err=True, nl=False)
+def _explain(error: Exception, what: str, *, theirs: bool) -> click.ClickException:
+    """One message for what serveit refuses; for what the user's code raised its own traceback, first.
+
+    Args:
+        error: what happened.
+        what: could not be done because of it.
+        theirs: whether it came out of the user's code.
+    """
+    if isinstance(error, ImportFailed) or not theirs:
+        return click.ClickException(getattr(error, "strerror", None) or str(error))
+    click.echo(_users_traceback(error), err=True, nl=False)
     return click.ClickException(what)
+
+
+def _users_traceback(error: BaseException) -> str:
+    """The traceback from the user's first line on, without serveit's own."""
+    told = traceback.TracebackException.from_exception(error)
+    pending = [told]
+    while pending:
+        part = pending.pop()
+        frames = itertools.dropwhile(lambda frame: frame.filename.startswith(_MACHINERY), part.stack)
+        theirs = [frame for frame in frames if not frame.filename.startswith(_OWN)]
+        part.stack = traceback.StackSummary.from_list(theirs)
+        pending += [cause for cause in (part.__cause__, part.__context__) if cause is not None]
+    return "".join(told.format())
 
 
 def _show(app: App, client: Client) -> None:
     replicas = sum(backend.config.num_replicas for backend in app.backends.values())
-    click.echo(f"serving {client.url or 'without HTTP'}  ({len(app.backends)} backends, {replicas} replicas)")
-    width = max((len(route.pattern.text) for route in app.routes), default=0)
+    counts = f"{_count(len(app.backends), 'backend')}, {_count(replicas, 'replica')}"
+    click.echo(f"serving {client.url or 'without HTTP'}  ({counts})")
+    rows = []
     for route in app.routes:
-        leads_to = ", ".join(f"{name} {weight:.0%}" for name, weight in route.traffic.weights)
-        if len(route.traffic.weights) == 1:
-            leads_to = route.traffic.weights[0][0]
-        click.echo(f"  {route.pattern.text:<{width}}  {','.join(route.methods):<9}  {leads_to}")
+        weights = route.traffic.weights
+        leads_to = ", ".join(f"{name} {weight:.0%}" for name, weight in weights)
+        rows.append(
+            (route.pattern.text, ",".join(route.methods), weights[0][0] if len(weights) == 1 else leads_to)
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for path, methods, leads_to in rows:
+        click.echo(f"  {path:<{widths[0]}}  {methods:<{widths[1]}}  {leads_to}")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _end_with(parent_fd: int) -> None:
+    """Stop when the parent's end of the pipe is closed, by itself or by its death."""
+
+    def watch() -> None:
+        os.read(parent_fd, 1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="serveit-parent", daemon=True).start()
+
+
+def _leave() -> None:
+    """End at once where a `def` function still runs in its thread: the interpreter would wait for it."""
+    threads = [thread for thread in threading.enumerate() if not thread.daemon]
+    if threads != [threading.main_thread()]:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 
 from anyio.from_thread import start_blocking_portal
@@ -14,6 +12,7 @@ from anyio.from_thread import start_blocking_portal
 from serveit.config import HTTPOptions
 from serveit.declare.app import App
 from serveit.exceptions import NeedsRay
+from serveit.signals import StopSignals
 
 if TYPE_CHECKING:
     import socket
@@ -104,9 +103,14 @@ class Serving:
         self._stack = contextlib.ExitStack()
 
     async def __aenter__(self) -> Client:
-        runtime = self._make_runtime()
-        await runtime.start(self._sock)
-        self._runtime = runtime
+        if self._runtime is not None:
+            raise RuntimeError("this serve(...) is entered already: call serveit.serve again for another")
+        runtime = self._runtime = self._make_runtime()
+        try:
+            await runtime.start(self._sock)
+        except BaseException:
+            self._runtime = None
+            raise
         return Client(runtime)
 
     async def __aexit__(
@@ -115,15 +119,15 @@ class Serving:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._runtime is not None:
-            await self._runtime.aclose()
+        runtime, self._runtime = self._runtime, None
+        if runtime is not None:
+            await runtime.aclose()
 
     def __enter__(self) -> SyncClient:
-        with contextlib.suppress(RuntimeError):
-            asyncio.get_running_loop()
-            raise TypeError("an event loop is running here: write `async with serveit.serve(...)`")
+        _refuse_event_loop("write `async with serveit.serve(...)`")
+        options = {"loop_factory": _loop_factory()}
         with contextlib.ExitStack() as stack:
-            portal = stack.enter_context(start_blocking_portal(name="serveit"))
+            portal = stack.enter_context(start_blocking_portal(backend_options=options, name="serveit"))
             client = stack.enter_context(portal.wrap_async_context_manager(self))
             self._stack = stack.pop_all()
         return SyncClient(client)
@@ -190,23 +194,58 @@ def run(
     sock: socket.socket | None = None,
     on_ready: Callable[[Client], None] | None = None,
 ) -> None:
-    """Serve an app until Ctrl-C or SIGTERM; what runs then may end (a second one stops at once).
+    """Serve an app until Ctrl-C or SIGTERM; then what runs may end, within its backend's
+    `graceful_shutdown_timeout_s`.
+
+    A second signal ends the process at once. So does the first, a moment later, where code in a
+    thread (a constructor, a `def` function after its time) does not return: it cannot be stopped.
 
     Args:
         app, name, prefix, http, local, sock: as `serve`.
         on_ready: called once it answers.
+
+    Raises:
+        Exception: what a replica's constructor or other start-up code raised.
+        OSError: the address can't be listened on.
     """
+    _refuse_event_loop("await it there: `async with serveit.serve(...)`")
     serving = serve(app, name=name, prefix=prefix, http=http, local=local, sock=sock)
+    longest_s = max((b.config.graceful_shutdown_timeout_s for b in app.backends.values()), default=0.0)
+    with StopSignals(longest_s) as signals, asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(_serve_until_stopped(serving, signals, on_ready))
 
-    async def main() -> None:
-        with _stop_on_signals() as stop:
-            async with serving as client:
-                if on_ready is not None:
-                    on_ready(client)
-                await stop.wait()
 
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(main())
+async def _serve_until_stopped(
+    serving: Serving, signals: StopSignals, on_ready: Callable[[Client], None] | None
+) -> None:
+    stopped = asyncio.ensure_future(signals.attach().wait())
+    starting = asyncio.ensure_future(serving.__aenter__())
+    try:
+        await asyncio.wait((starting, stopped), return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()
+            await asyncio.wait((starting,))
+            if starting.cancelled() or starting.exception() is not None:
+                return
+        client = starting.result()
+        try:
+            signals.started()
+            if on_ready is not None:
+                on_ready(client)
+            await stopped
+        finally:
+            await serving.__aexit__(None, None, None)
+    finally:
+        stopped.cancel()
+        signals.ending()
+
+
+def _refuse_event_loop(instead: str) -> None:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return
+    raise RuntimeError(f"an event loop is running in this thread: {instead}")
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -215,27 +254,3 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     except ImportError:  # not on every platform
         return None
     return uvloop.new_event_loop
-
-
-@contextlib.contextmanager
-def _stop_on_signals() -> Iterator[asyncio.Event]:
-    """An event that the first SIGINT or SIGTERM sets. The second ends the process at once.
-
-    The handlers are set explicitly: a shell starts background commands with SIGINT ignored.
-    """
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-
-    def received(number: int) -> None:
-        if stop.is_set():
-            os._exit(128 + number)
-        stop.set()
-
-    signals = (signal.SIGINT, signal.SIGTERM)
-    for number in signals:
-        loop.add_signal_handler(number, received, number)
-    try:
-        yield stop
-    finally:
-        for number in signals:
-            loop.remove_signal_handler(number)

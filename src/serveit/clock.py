@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from serveit.types import Clock, Timer
+
+logger = logging.getLogger("serveit.clock")
 
 
 class LoopClock:
@@ -30,11 +33,19 @@ class Expirable(Protocol):
         """Called once, on the loop, up to one tick after the deadline."""
 
 
+NEVER = -1
+"""The bucket of what has no end."""
+
+
 class DeadlineWheel:
     """Deadlines in buckets of `tick_s`; one timer, armed for the earliest bucket that holds any.
 
     Hot path: `add` and `discard` once per request with a deadline, each one set operation. A request
     expires up to one tick late, never early (after Varghese and Lauck's hashed wheels, 1987).
+
+    All mutable state: `_buckets` (by number; bucket n expires at n ticks), `_order` (a heap of their
+    numbers), `_timer` and `_armed_for` (its bucket), `_due` (what the `_fire` under way has still to
+    expire).
     """
 
     def __init__(self, clock: Clock, tick_s: float = 0.01) -> None:
@@ -44,13 +55,27 @@ class DeadlineWheel:
         self._order: list[int] = []
         self._timer: Timer | None = None
         self._armed_for = 0
+        self._due: set[Expirable] = set()
 
     def __len__(self) -> int:
-        return sum(map(len, self._buckets.values()))
+        return sum(map(len, self._buckets.values())) + len(self._due)
+
+    def __repr__(self) -> str:
+        armed = f"armed for {self._armed_for * self._tick_s:.2f}" if self._timer is not None else "idle"
+        return f"<DeadlineWheel {len(self)} deadlines, {armed}>"
 
     def add(self, item: Expirable, deadline: float) -> int:
-        """Watch `item`; returns the bucket to name in `discard`."""
-        bucket = int(deadline / self._tick_s) + 1
+        """Watch `item`; returns the bucket to name in `discard`.
+
+        Args:
+            item: expired once, unless it is discarded before.
+            deadline: on the wheel's clock; past ones expire in the next turn of the loop, an infinite
+                one never.
+        """
+        try:
+            bucket = int(deadline / self._tick_s) + 1
+        except OverflowError:
+            return NEVER
         members = self._buckets.get(bucket)
         if members is None:
             self._buckets[bucket] = {item}
@@ -62,16 +87,23 @@ class DeadlineWheel:
         return bucket
 
     def discard(self, item: Expirable, bucket: int) -> None:
+        """Forget `item`; it will not expire, even if its turn is now."""
         members = self._buckets.get(bucket)
         if members is not None:
             members.discard(item)
+            if not members:
+                members.clear()  # an empty set keeps the table that it grew; thousands wait for their time
+        if self._due:
+            self._due.discard(item)
 
     def close(self) -> None:
+        """Forget everything."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         self._buckets.clear()
         self._order.clear()
+        self._due.clear()
 
     def _arm(self) -> None:
         if self._timer is not None:
@@ -90,6 +122,14 @@ class DeadlineWheel:
         due: list[Expirable] = []
         while self._order and self._order[0] * self._tick_s <= now:
             due.extend(self._buckets.pop(heapq.heappop(self._order)))
+        self._due.update(due)
         self._arm()
         for item in due:
-            item.expire()
+            # One that expires may discard another.
+            if item not in self._due:
+                continue
+            self._due.discard(item)
+            try:
+                item.expire()
+            except Exception:
+                logger.exception("a deadline passed, and that could not be handled")

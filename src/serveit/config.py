@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -73,8 +73,9 @@ class BackendConfig:
         self._check_batching()
 
     def _check_batching(self) -> None:
-        methods = self.batch_methods
-        if isinstance(methods, str) or not all(isinstance(name, str) for name in methods):
+        methods: Any = self.batch_methods
+        is_many = isinstance(methods, Collection) and not isinstance(methods, str)
+        if not is_many or not all(isinstance(name, str) for name in methods):
             raise TypeError(f"batch_methods must be a sequence of method names, got {methods!r}")
         if not methods:
             raise ValueError("batch_methods is empty: leave max_batch_size out for a backend without batches")
@@ -168,6 +169,8 @@ class HTTPOptions:
     ssl_keyfile: str | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.host, str) or not self.host:
+            raise TypeError(f"host must be an address or a name, got {self.host!r}")
         _check_count("port", self.port, least=0)
         if self.port > 65_535:
             raise ValueError(f"port must be ≤ 65535, got {self.port}")
@@ -179,8 +182,8 @@ class HTTPOptions:
             raise ValueError(f"location must be one of {', '.join(map(repr, known))}, got {self.location!r}")
         if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
             raise ValueError(f"root_path must start with '/' and not end with one, got {self.root_path!r}")
-        if isinstance(self.middlewares, str):
-            raise TypeError(f"middlewares must be a sequence, got {self.middlewares!r}")
+        if isinstance(self.middlewares, str) or not isinstance(self.middlewares, Sequence):
+            raise TypeError(f"middlewares must be a list of factories, got {self.middlewares!r}")
         if self.ssl_keyfile and not self.ssl_certfile:
             raise ValueError("ssl_keyfile needs ssl_certfile")
 
@@ -203,7 +206,7 @@ class HTTPOptions:
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """ ", did you mean 'x'?" for the nearest known name, or the list of them."""
+    """ "did you mean 'x'?" for the nearest known name, or the list of them."""
     near = difflib.get_close_matches(name, known, n=1)
     if near:
         return f"did you mean {near[0]!r}?"

@@ -11,14 +11,14 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any, Protocol
+
+import msgspec
 
 from serveit.exceptions import NotServing
 
 
-@dataclass(frozen=True)
-class Context:
+class Context(msgspec.Struct, frozen=True):
     """Where the running user code stands.
 
     Attributes:
@@ -35,9 +35,14 @@ class Context:
     request_id: str = ""
     deadline: float | None = None
 
+    def of_request(self, request_id: str, deadline: float | None) -> Context:
+        """The same place, for one request. Hot path: once per request."""
+        return Context(self.app, self.backend, self.replica, request_id, deadline)
+
 
 class Resolver(Protocol):
-    """Who runs an app in this process or can reach it."""
+    """Who runs an app in this process or can reach it. An attribute `app` names it: the code of one
+    app may call another's backends, and these are reached elsewhere."""
 
     def get_handle(self, name: str, *, sync: bool = False) -> Any:
         """A handle on a backend or endpoint of the app. KeyError for unknown names."""
@@ -102,7 +107,7 @@ def resolve(app: object, name: str, *, sync: bool = False) -> Any:
         KeyError: it has no such backend or endpoint.
     """
     resolver = _resolver.get()
-    if resolver is None:
+    if resolver is None or getattr(resolver, "app", app) is not app:
         resolvers = _serving.get(id(app))
         if not resolvers:
             raise NotServing(

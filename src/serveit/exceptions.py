@@ -185,7 +185,7 @@ class ItemErrors(ServeitError):
         self.outcomes = list(outcomes)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.outcomes,)
+        return type(self), (self.outcomes,), self.__dict__
 
 
 class ImportFailed(ServeitError, ImportError):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from serveit.config import did_you_mean
 from serveit.exceptions import ImportFailed
 
 
@@ -21,17 +22,13 @@ def import_from_string(text: str) -> Any:
     module_name, _, attributes = text.partition(":")
     if not module_name or not attributes:
         raise ImportFailed(f"{text!r} is no import string: write 'package.module:attribute', like 'app:app'")
-    found: Any = import_module(module_name)
-    for attribute in attributes.split("."):
-        try:
-            found = getattr(found, attribute)
-        except AttributeError:
-            raise ImportFailed(f"module {module_name!r} has no attribute {attributes!r}") from None
-    return found
+    return _attribute(import_module(module_name), attributes, "")
 
 
 def import_module(name: str) -> Any:
     """The module; a missing one is told apart from one that misses something else."""
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise ImportFailed(f"{name!r} is no module's name: write it with dots, like 'package.module'")
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -52,40 +49,72 @@ def import_target(text: str, kind: type[Any]) -> Any:
 
     Raises:
         ImportFailed: it leads nowhere, to several, or to something else.
+        Exception: whatever the module raised while it was imported.
     """
     location, colon, attribute = text.partition(":")
     if location.endswith(".py") or "/" in location:
-        module_name = _enter_folder(location)
+        module = _import_file(location)
     else:
-        module_name = location
         _put_first(os.getcwd())
-    if colon:
-        found = import_from_string(f"{module_name}:{attribute}")
+        module = import_module(location)
+    named = {name: value for name, value in vars(module).items() if isinstance(value, kind)}
+    if attribute:
+        found = _attribute(module, attribute, _suggest(location, named))
         if not isinstance(found, kind):
-            raise ImportFailed(f"{text!r} is {type(found).__name__}, not {kind.__name__}")
+            raise ImportFailed(
+                f"{text!r} is of type {type(found).__name__}, not {kind.__name__}{_suggest(location, named)}"
+            )
         return found
-    module = import_module(module_name)
-    names = [name for name, value in vars(module).items() if isinstance(value, kind)]
-    if len({id(getattr(module, name)) for name in names}) == 1:
-        return getattr(module, names[0])
-    if not names:
+    if not named:
         raise ImportFailed(
-            f"{text!r} holds no {kind.__name__}: write `app = serveit.{kind.__name__}()` in it"
+            f"{location!r} holds no {kind.__name__}: write `app = serveit.{kind.__name__}()` in it"
         )
-    raise ImportFailed(f"{text!r} holds {', '.join(names)}: say which one, like '{text}:{names[0]}'")
+    if colon or len({id(value) for value in named.values()}) > 1:
+        raise ImportFailed(f"{text!r} does not say which {kind.__name__}{_suggest(location, named)}")
+    return next(iter(named.values()))
 
 
-def _enter_folder(location: str) -> str:
-    """Put a file's folder on the path, as `python file.py` does; its module name."""
-    path = Path(location)
+def _attribute(module: Any, path: str, hint: str) -> Any:
+    found: Any = module
+    for name in path.split("."):
+        try:
+            found = getattr(found, name)
+        except AttributeError:
+            known = [known for known in dir(found) if not known.startswith("_")]
+            if not hint and (near := did_you_mean(name, known)).startswith("did"):
+                hint = f": {near}"
+            raise ImportFailed(f"module {module.__name__!r} has no attribute {path!r}{hint}") from None
+    return found
+
+
+def _suggest(location: str, named: dict[str, Any]) -> str:
+    return f": there is {', '.join(f'{location}:{name}' for name in named)}" if named else ""
+
+
+def _import_file(location: str) -> Any:
+    """Import a file as `python -m` would from the folder above its packages."""
+    path = Path(location).resolve()
     if not path.is_file():
-        raise ImportFailed(f"there is no file {location!r}")
-    if path.suffix != ".py" or not path.stem.isidentifier():
+        raise ImportFailed(f"there is no file {location!r} (looked in {os.getcwd()})")
+    names = [path.stem]
+    folder = path.parent
+    while (folder / "__init__.py").is_file():
+        names.insert(0, folder.name)
+        folder = folder.parent
+    name = ".".join(names)
+    if path.suffix != ".py" or not all(part.isidentifier() for part in names):
         raise ImportFailed(f"{location!r} can't be imported: a module's file is named like 'app.py'")
-    _put_first(str(path.resolve().parent))
-    return path.stem
+    _put_first(str(folder))
+    module = import_module(name)
+    other = getattr(module, "__file__", None)
+    if other is None or not path.samefile(other):
+        raise ImportFailed(
+            f"{location!r} can't be imported as {name!r}: that is {other or 'built into Python'}; "
+            "give the file another name"
+        )
+    return module
 
 
 def _put_first(folder: str) -> None:
-    if folder not in sys.path:
+    if sys.path[:1] != [folder]:
         sys.path.insert(0, folder)

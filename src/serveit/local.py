@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 from anyio.from_thread import BlockingPortal
@@ -36,6 +37,11 @@ if TYPE_CHECKING:
     from serveit.types import Clock
     from serveit.web.proxy import Proxy
     from serveit.wire.link import Link, Receiver
+
+logger = logging.getLogger("serveit.local")
+
+SLOW_STOP_S = 1.0
+"""Constructors that run on for so long after another has failed are worth a line in the log."""
 
 
 class LocalRuntime:
@@ -69,6 +75,9 @@ class LocalRuntime:
         self._replicas: dict[str, Replica] = {}
         self._bindings: dict[str, Bindings] = {}
         self._exit = contextlib.AsyncExitStack()
+        self._closing = asyncio.Lock()
+        self._stopped_at: float | None = None
+        self.proxy: Proxy | None = None
 
     async def start(self, sock: socket.socket | None = None, *, listen: bool = True) -> None:
         """Start the replicas, then answer.
@@ -83,7 +92,6 @@ class LocalRuntime:
         """
         async with contextlib.AsyncExitStack() as stack:
             self._make()
-            self.proxy: Proxy | None = None
             if listen and self.http.serves:
                 from serveit.web.proxy import Proxy, bind
 
@@ -104,14 +112,20 @@ class LocalRuntime:
             self._exit = stack.pop_all()
 
     async def aclose(self) -> None:
-        """Take nothing new, let what runs end (`graceful_shutdown_timeout_s`), stop."""
-        self.ingress.ready = False
-        if self.proxy is not None:
-            longest_s = max(
-                (b.config.graceful_shutdown_timeout_s for b in self.app.backends.values()), default=0
-            )
-            await self.proxy.aclose(longest_s)
-        await self._exit.aclose()
+        """Take nothing new, let what runs end (`graceful_shutdown_timeout_s`), stop. Once is enough."""
+        async with self._closing:
+            if self._stopped_at is not None:
+                return
+            self._stopped_at = asyncio.get_running_loop().time()
+            try:
+                if self.proxy is not None:
+                    self.ingress.ready = False
+                    backends = self.app.backends.values()
+                    await self.proxy.aclose(
+                        max((b.config.graceful_shutdown_timeout_s for b in backends), default=0.0)
+                    )
+            finally:
+                await self._exit.aclose()
 
     def get_handle(self, name: str, *, sync: bool = False) -> Any:
         """A handle on a backend or endpoint. KeyError lists the known names."""
@@ -152,22 +166,21 @@ class LocalRuntime:
 
     async def _open_portal(self, stack: contextlib.AsyncExitStack) -> BlockingPortal:
         """The way in for sync handles. It lives in a task of its own: whoever closes it may be another."""
-        ready: asyncio.Future[BlockingPortal] = self._loop.create_future()
+        opened: asyncio.Future[BlockingPortal] = self._loop.create_future()
 
         async def hold() -> None:
             async with BlockingPortal() as portal:
-                ready.set_result(portal)
+                opened.set_result(portal)
                 await portal.sleep_until_stopped()
 
         holder = self._loop.create_task(hold())
-        portal = await ready
 
         async def stop() -> None:
-            await portal.stop(cancel_remaining=True)
+            await (await opened).stop(cancel_remaining=True)
             await holder
 
         stack.push_async_callback(stop)
-        return portal
+        return await asyncio.shield(opened)
 
     async def _start_replicas(self) -> None:
         for backend in self.app.backends.values():
@@ -184,11 +197,19 @@ class LocalRuntime:
         starts = [self._loop.create_task(self._start_replica(replica)) for replica in self._replicas.values()]
         try:
             await asyncio.gather(*starts)
-        except BaseException:
+        except BaseException as error:
             for start in starts:
                 start.cancel()
-            await asyncio.gather(*starts, return_exceptions=True)
+            await self._outlast(starts, error)
             raise
+
+    async def _outlast(self, starts: list[asyncio.Task[None]], error: BaseException) -> None:
+        """Wait for the constructors that still run: a thread cannot be stopped."""
+        ending = asyncio.gather(*starts, return_exceptions=True)
+        _, still = await asyncio.wait((ending,), timeout=SLOW_STOP_S)
+        if still and not isinstance(error, asyncio.CancelledError):
+            logger.error("%s: %s; waiting for constructors that still run", type(error).__name__, error)
+        await ending
 
     async def _start_replica(self, replica: Replica) -> None:
         backend: BackendRecord = replica.backend
@@ -219,7 +240,13 @@ class LocalRuntime:
 
     async def _close_replicas(self) -> None:
         replicas = self._replicas.values()
-        await asyncio.gather(*(replica.drain() for replica in replicas))
+        spent_s = self._loop.time() - self._stopped_at if self._stopped_at is not None else 0.0
+        await asyncio.gather(
+            *(
+                replica.drain(max(0.0, replica.config.graceful_shutdown_timeout_s - spent_s))
+                for replica in replicas
+            )
+        )
         self._for_http.close()
         self._for_handles.close()
         await asyncio.gather(*(replica.aclose() for replica in replicas))

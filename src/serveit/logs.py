@@ -5,17 +5,19 @@ from __future__ import annotations
 import logging
 import sys
 
-_ESCAPES = {code: f"\\x{code:02x}" for code in (*range(0x20), 0x7F) if chr(code) not in "\n\t"}
+_ESCAPES = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
+_ESCAPES |= {code: f"\\u{code:04x}" for code in (0x2028, 0x2029)}
 
 
 class LineFormatter(logging.Formatter):
-    """Escapes control characters, so that a request cannot forge a record or drive a terminal.
+    """A record begins at the left edge and whatever follows in it, a traceback say, is indented.
 
-    Tracebacks keep their lines; the message itself is one line.
+    Control characters are escaped. So what came with a request can neither forge a record nor drive
+    a terminal.
     """
 
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        return super().formatMessage(record).replace("\n", "\\n").translate(_ESCAPES)
+    def format(self, record: logging.LogRecord) -> str:
+        return super().format(record).translate(_ESCAPES).replace("\n", "\n    ")
 
 
 def configure(level: str = "info") -> None:

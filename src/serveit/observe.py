@@ -18,7 +18,7 @@ class Observer(Protocol):
         """A batch of that many items goes to user code."""
 
     def finished(self, backend: str, replica: str, ran_s: float, error: BaseException | None) -> None:
-        """A request left its slot."""
+        """A request that was started ended and left its slot; `error` is None if it was answered."""
 
     def refused(self, backend: str, where: str, reason: str) -> None:
         """A router ("router") or replica (its id) refused a request: "full", "draining"."""

@@ -6,11 +6,12 @@ request is refused in between, since both accept from the same socket.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import signal
 import subprocess
 import sys
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +25,10 @@ if TYPE_CHECKING:
 
     from serveit.config import HTTPOptions
 
-STOP_S = 30.0
-"""How long an old child may take to finish its requests before it is killed."""
+STOP_S = 40.0
+"""How long a child may take to finish its requests before it is killed. Its own time is shorter."""
+LOOK_S = 0.25
+"""How often to look whether the child still runs."""
 
 
 @dataclass
@@ -38,9 +41,10 @@ class Child:
     """
 
     process: subprocess.Popen[bytes]
-    ready: bool
+    ready: bool = False
 
     def stop(self, timeout_s: float = STOP_S) -> None:
+        """Let it finish what it runs, and wait for its end."""
         if self.process.poll() is None:
             self.process.terminate()
             try:
@@ -50,22 +54,106 @@ class Child:
         self.process.wait()
 
 
-def start_child(target: str, arguments: Sequence[str], sock: socket.socket | None) -> Child:
-    """Start `serveit run` on the socket and wait until it answers or ends."""
-    reader, writer = os.pipe()
-    passed = [writer] if sock is None else [writer, sock.fileno()]
-    command = [sys.executable, "-m", "serveit", "run", target, *arguments, "--ready-fd", str(writer)]
-    if sock is not None:
-        command += ["--fd", str(sock.fileno())]
-    with os.fdopen(reader, "rb") as pipe:
+class Stop:
+    """Set by the first SIGINT or SIGTERM while inside; the second ends the process, and with it the children.
+
+    A pipe beside the flag, so that one can wait for it and for something else at once.
+    """
+
+    def __init__(self) -> None:
+        self._is_set = False
+        self._reader, self._writer = os.pipe()
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Stop:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._received)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        os.close(self._reader)
+        os.close(self._writer)
+
+    def is_set(self) -> bool:
+        return self._is_set
+
+    def fileno(self) -> int:
+        """Readable once set."""
+        return self._reader
+
+    def _received(self, number: int, _: Any) -> None:
+        if self._is_set:
+            os._exit(128 + number)
+        self._is_set = True
+        os.write(self._writer, b"1")
+
+
+class Supervisor:
+    """Starts children on one socket. Each watches a pipe, and stops when this process is gone."""
+
+    def __init__(self, target: str, arguments: Sequence[str], sock: socket.socket | None, stop: Stop) -> None:
+        self._target = target
+        self._arguments = arguments
+        self._sock = sock
+        self._stop = stop
+        self._parent_reader, self._parent_writer = os.pipe()
+
+    def close(self) -> None:
+        os.close(self._parent_reader)
+        os.close(self._parent_writer)
+
+    def start_child(self) -> Child:
+        """Start `serveit run` on the socket, and wait until it answers or ends, or this process shall."""
+        reader, writer = os.pipe()
+        passed = {"--ready-fd": writer, "--parent-fd": self._parent_reader}
+        if self._sock is not None:
+            passed["--fd"] = self._sock.fileno()
+        command = [sys.executable, "-m", "serveit", "run", self._target, *self._arguments]
+        for option, fd in passed.items():
+            command += [option, str(fd)]
+        with os.fdopen(reader, "rb", buffering=0) as pipe:
+            try:
+                child = Child(subprocess.Popen(command, pass_fds=list(passed.values())))
+            finally:
+                os.close(writer)
+            either: list[Any] = [pipe, self._stop]
+            readable, _, _ = select.select(either, [], [])
+            child.ready = pipe in readable and pipe.read(1) == b"1"
+        if not child.ready:
+            child.stop()
+        return child
+
+    def follow(self, folders: Sequence[Path]) -> None:
+        """Serve, and start the new code whenever a file changes, until `stop` is set."""
+        child: Child | None = None
         try:
-            process = subprocess.Popen(command, pass_fds=passed)
+            for changed in _changes(folders, self._stop):
+                if child is None:  # only now that no change can be missed
+                    child = self.start_child()
+                elif changed:
+                    click.echo(f"{', '.join(changed)} changed: starting the new code", err=True)
+                    child = self._replace(child)
+                elif child.ready and child.process.poll() is not None:
+                    child.ready = False
+                    click.echo(
+                        f"the app's process has ended (exit code {child.process.returncode}): "
+                        "saving a file starts it again",
+                        err=True,
+                    )
         finally:
-            os.close(writer)
-        ready = pipe.read(1) == b"1"
-    if not ready:
-        process.wait()
-    return Child(process, ready)
+            if child is not None:
+                child.stop()
+
+    def _replace(self, child: Child) -> Child:
+        following = self.start_child()
+        if following.ready:
+            child.stop()
+            return following
+        if child.ready and not self._stop.is_set():
+            click.echo("the new code does not start: the old one goes on serving", err=True)
+        return child
 
 
 def supervise(target: str, options: HTTPOptions, arguments: Sequence[str]) -> int:
@@ -79,45 +167,46 @@ def supervise(target: str, options: HTTPOptions, arguments: Sequence[str]) -> in
     Returns:
         The exit code.
     """
-    from serveit.web.proxy import BACKLOG, bind
-
-    sock = None
-    if options.serves:
-        try:
-            sock = bind(options)
-        except OSError as error:
-            raise click.ClickException(error.strerror or str(error)) from None
-        sock.listen(BACKLOG)
-        sock.set_inheritable(True)
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    child = start_child(target, arguments, sock)
-    try:
-        for changed in _changes(stop):
-            click.echo(f"{', '.join(changed)} changed: starting the new code", err=True)
-            following = start_child(target, arguments, sock)
-            if following.ready or not child.ready:
-                child.stop()
-                child = following
-            else:
-                click.echo("the new code does not start: the old one goes on serving", err=True)
-    finally:
-        child.stop()
-        if sock is not None:
-            sock.close()
+    with contextlib.ExitStack() as stack:
+        sock = stack.enter_context(_listening(options)) if options.serves else None
+        stop = stack.enter_context(Stop())
+        supervisor = Supervisor(target, arguments, sock, stop)
+        stack.callback(supervisor.close)
+        supervisor.follow(_folders(target))
     return 0
 
 
-def _changes(stop: threading.Event) -> Iterator[list[str]]:
-    """Names of saved Python files below the working directory, as they are saved."""
-    watched: Any = watchfiles.watch(
-        Path.cwd(),
+def _listening(options: HTTPOptions) -> socket.socket:
+    from serveit.web.proxy import BACKLOG, bind
+
+    try:
+        sock = bind(options)
+    except OSError as error:
+        raise click.ClickException(error.strerror or str(error)) from None
+    sock.listen(BACKLOG)
+    return sock
+
+
+def _folders(target: str) -> list[Path]:
+    """Where the app's code is: the working directory, and a file's own where it is elsewhere."""
+    here = Path.cwd()
+    file = Path(target.partition(":")[0]).resolve()
+    if file.suffix != ".py" or not file.is_file() or here in file.parents:
+        return [here]
+    return [here, file.parent]
+
+
+def _changes(folders: Sequence[Path], stop: Stop) -> Iterator[list[str]]:
+    """Names of Python files as they are saved; every `LOOK_S` an empty list."""
+    watched = watchfiles.watch(
+        *folders,
         watch_filter=watchfiles.PythonFilter(),
         stop_event=stop,
         raise_interrupt=False,
         debounce=100,
         step=20,
+        rust_timeout=int(LOOK_S * 1000),
+        yield_on_timeout=True,
     )
     for batch in watched:
         yield sorted({os.path.relpath(path) for _, path in batch})

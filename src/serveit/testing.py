@@ -9,11 +9,15 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-from starlette.testclient import TestClient as StarletteTestClient
-
 from serveit.client import Client
 from serveit.config import HTTPOptions
 from serveit.local import LocalRuntime
+
+try:
+    import httpx2
+    from starlette.testclient import TestClient as StarletteTestClient
+except ImportError as error:
+    raise ImportError(f"serveit.testing needs httpx2 ({error}): pip install 'serveit[testing]'") from error
 
 if TYPE_CHECKING:
     from serveit.declare.app import App
@@ -80,7 +84,7 @@ class LocalClient(Client):
         runtime: the `LocalRuntime`.
     """
 
-    def __init__(self, runtime: LocalRuntime, clock: ManualClock, http: Any) -> None:
+    def __init__(self, runtime: LocalRuntime, clock: ManualClock, http: httpx2.AsyncClient) -> None:
         super().__init__(runtime)
         self.runtime = runtime
         self.clock = clock
@@ -103,8 +107,6 @@ async def local(
         assert (await client.http.get("/double/2")).json() == 4
     ```
     """
-    import httpx2
-
     clock = ManualClock()
     runtime = LocalRuntime(app, name=name, prefix=prefix, http=HTTPOptions.parse(http), clock=clock)
     await runtime.start(listen=False)

@@ -6,11 +6,12 @@ Hot path: `send` and `frame_received` once per request and answer each. The repl
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from serveit.calling.exchange import Answer, Exchange, Phase
-from serveit.exceptions import ProtocolError, ReplicaDied
+from serveit.exceptions import ProtocolError, RemoteError, ReplicaDied
 from serveit.wire.frames import (
     END,
     FREED,
@@ -19,7 +20,6 @@ from serveit.wire.frames import (
     Frame,
     FrameType,
     Load,
-    Message,
     Refusal,
     decode_message,
     encode_message,
@@ -29,6 +29,9 @@ from serveit.wire.streams import Inflow, Outflow
 if TYPE_CHECKING:
     from serveit.control.snapshot import ReplicaInfo
     from serveit.wire.link import Link
+
+MAX_STREAM = 2**32 - 1
+"""Stream numbers are u32 on the wire; after the last they start again."""
 
 
 class Dispatcher(Protocol):
@@ -40,9 +43,11 @@ class Dispatcher(Protocol):
     def answered(self, exchange: Exchange) -> None:
         """The head of the answer, or the error, is in: the deadline is met."""
 
-    def refused(self, exchange: Exchange, reason: str) -> None: ...
+    def refused(self, exchange: Exchange) -> None:
+        """Its replica did not and will not execute it."""
 
-    def lost(self, connection: Connection, exchanges: list[Exchange]) -> None: ...
+    def lost(self, connection: Connection, exchanges: list[Exchange]) -> None:
+        """The link is gone, with these on it."""
 
     def now(self) -> float: ...
 
@@ -54,7 +59,8 @@ class Connection:
     exactly one of them, also after CANCEL. All mutable state: `_streams` (who waits on which stream;
     None once given up), `_inflows` (bodies still coming in), `_freed` (open streams whose slot is
     free already), `outstanding` (slots that this router holds or asked for there), `others` (what
-    the replica last said that it runs for everybody else).
+    the replica last said that it runs for everybody else), `draining` (the replica takes nothing
+    new), `retired` (no snapshot names it any more), `_ceiling` (see `_refused`).
     """
 
     def __init__(self, replica: ReplicaInfo, limit: int, prefetch: int, dispatcher: Dispatcher) -> None:
@@ -64,31 +70,76 @@ class Connection:
         self.outstanding = 0
         self.others = 0
         self.draining = False
+        self.retired = False
         self.link: Link | None = None
         self._dispatcher = dispatcher
         self._streams: dict[int, Exchange | None] = {}
         self._inflows: dict[int, Inflow] = {}
         self._freed: set[int] = set()
         self._next_stream = 1
+        self._ceiling = sys.maxsize
 
     def __repr__(self) -> str:
-        state = "draining" if self.draining else "open" if self.link is not None else "connecting"
+        if self.retired:
+            state = "retired"
+        elif self.draining:
+            state = "draining"
+        else:
+            state = "open" if self.link is not None else "connecting"
         return f"<Connection {self.replica.id} {state} {self.outstanding}+{self.others}/{self.limit}>"
 
     @property
     def ready(self) -> bool:
-        return self.link is not None and not self.link.closed and not self.draining
+        """Whether the replica takes requests at all."""
+        link = self.link
+        return link is not None and not (link.closed or self.draining or self.retired)
+
+    @property
+    def closed(self) -> bool:
+        """Whether its link is closed, though `link_lost` may be still to come."""
+        return self.link is not None and self.link.closed
+
+    @property
+    def load(self) -> int:
+        """What the replica has to do, as far as is known here."""
+        return self.outstanding + self.others
 
     @property
     def has_free_slot(self) -> bool:
         """Whether the replica, as far as is known here, would run a request at once."""
-        return self.outstanding + self.others < self.limit
+        return self.outstanding + self.others < self.limit and self.outstanding < self._ceiling
 
     @property
     def has_room(self) -> bool:
         """Whether a request may be sent: to run, or to be the next to run."""
         free = self.limit - self.others
-        return self.outstanding < (free if free > 0 else 0) + self.prefetch
+        most = (free if free > 0 else 0) + self.prefetch
+        return self.outstanding < most and self.outstanding < self._ceiling
+
+    def passed_over(self) -> None:
+        """Another replica was chosen for what this one was said to run for others.
+
+        While nothing of ours is there, nothing tells when that changes: so what was heard counts a
+        little less each time, until the replica is tried again and says.
+        """
+        if self.others and not self.outstanding:
+            self.others -= 1
+
+    def adjust(self, limit: int, prefetch: int) -> None:
+        """The backend's options are these now, and the replica is one of its replicas (again)."""
+        if limit != self.limit:
+            self._ceiling = sys.maxsize
+        self.limit, self.prefetch, self.retired = limit, prefetch, False
+
+    def retire(self) -> None:
+        """Send nothing more; close the link when the last stream has ended."""
+        self.retired = True
+        if not self._streams:
+            self.close()
+
+    def close(self) -> None:
+        if self.link is not None:
+            self.link.close()
 
     def send(self, exchange: Exchange) -> None:
         """Put the request on the wire.
@@ -98,18 +149,20 @@ class Connection:
         """
         link = self._open_link
         stream = self._next_stream
+        while stream in self._streams:
+            stream = stream % MAX_STREAM + 1
         message: Any = exchange.message
         if exchange.deadline is not None:
             message.deadline_ms = max(0, int((exchange.deadline - self._dispatcher.now()) * 1000))
         meta = encode_message(message)
+        body = exchange.body
         if exchange.inline:
-            body = exchange.body
             link.send(exchange.frame_type, stream, meta, body[0] if len(body) == 1 else b"".join(body), END)
         else:
             link.send(exchange.frame_type, stream, meta)
             exchange.outflow = Outflow(link, stream)
-            exchange.outflow.write(exchange.body, end=True)
-        self._next_stream = stream + 1
+            exchange.outflow.write(body, end=True)
+        self._next_stream = stream % MAX_STREAM + 1
         self._streams[stream] = exchange
         self.outstanding += 1
         exchange.phase = Phase.SENT
@@ -120,7 +173,7 @@ class Connection:
         """Tell the replica. The slot counts as taken until the replica says that it is free."""
         stream = exchange.stream
         inflow = self._inflows.pop(stream, None)
-        if self.link is not None and stream in self._streams:
+        if self.link is not None and self._streams.get(stream) is exchange:
             self._streams[stream] = None
             self.link.send(FrameType.CANCEL, stream)
         if inflow is not None:
@@ -128,25 +181,17 @@ class Connection:
         if exchange.outflow is not None:
             exchange.outflow.abort(ReplicaDied("the request was cancelled"))
 
-    def close(self) -> None:
-        if self.link is not None:
-            self.link.close()
-
     # -- wire.link.Receiver ------------------------------------------------------------------
 
     def frame_received(self, frame: Frame) -> None:
         kind, stream = frame.type, frame.stream
-        if kind == FrameType.DATA:
-            self._data(frame)
+        handle = _HANDLERS.get(kind)
+        if handle is not None and stream in self._streams:
+            handle(self, frame, self._streams[stream])
         elif kind == FrameType.GOAWAY:
             self.draining = True
-        elif stream in self._streams:
-            handle = _HANDLERS.get(kind)
-            if handle is None:
-                raise ProtocolError(f"a replica must not send frames of type {kind}")
-            handle(self, frame, self._streams[stream])
-        elif kind not in (FrameType.CREDIT, FrameType.PING):
-            raise ProtocolError(f"a frame of type {kind} for a stream that is not open")
+        elif kind not in _HARMLESS:
+            raise ProtocolError(f"a frame of type {kind} that no replica sends on stream {stream} now")
 
     def link_lost(self, error: BaseException | None) -> None:
         self.link = None
@@ -172,11 +217,13 @@ class Connection:
             raise ProtocolError("a second answer on one stream")
         message: Any = decode_message(exchange.answer_type, frame)
         inflow = None
-        if not flags & END:
+        if flags & END:
+            exchange.phase = Phase.DONE
+        else:
+            exchange.phase = Phase.ANSWERING
             inflow = self._inflows[stream] = Inflow(self._open_link, stream)
-        exchange.phase = Phase.DONE if inflow is None else Phase.ANSWERING
         self._dispatcher.answered(exchange)
-        exchange.succeed(Answer[Message](message, flags, frame.body, inflow))
+        exchange.succeed(Answer(message, flags, frame.body, inflow))
         if flags & END:
             self._finish(stream, message.others)
         elif flags & FREED:
@@ -185,45 +232,60 @@ class Connection:
     def _error(self, frame: Frame, exchange: Exchange | None) -> None:
         failure = decode_message(Failure, frame)
         inflow = self._inflows.pop(frame.stream, None)
+        if exchange is not None:
+            exchange.phase = Phase.DONE
+            self._dispatcher.answered(exchange)
+            try:
+                error = exchange.rebuild(failure, frame.body)
+            except Exception:  # user code takes part in it, and the caller must have its answer
+                error = RemoteError(f"{failure.kind}: {failure.text}", failure.traceback)
+            if inflow is not None:
+                inflow.fail(error)
+            exchange.fail(error)
         self._finish(frame.stream, failure.others)
-        if exchange is None:
-            return
-        exchange.phase = Phase.DONE
-        self._dispatcher.answered(exchange)
-        error = exchange.rebuild(failure, frame.body)
-        if inflow is not None:
-            inflow.fail(error)
-        exchange.fail(error)
 
     def _refused(self, frame: Frame, exchange: Exchange | None) -> None:
+        """Not executed there. A replica that is full has one of ours waiting already: until that one
+        or another ends, the replica would refuse everything, whatever the figures known here say.
+        From then on it gets one more with each that ends."""
         refusal = decode_message(Refusal, frame)
-        self._finish(frame.stream, refusal.others)
+        if frame.stream in self._freed or (exchange is not None and exchange.phase >= Phase.ANSWERING):
+            raise ProtocolError("REFUSED after the head of an answer")
+        if refusal.reason == "draining":
+            self.draining = True
+        else:
+            self._ceiling = max(1, self.outstanding - 1)
+        self._close_stream(frame.stream)
+        self.outstanding -= 1
+        self.others = refusal.others
         if exchange is not None:
-            self._dispatcher.refused(exchange, refusal.reason)
+            self._dispatcher.refused(exchange)
+        self._dispatcher.room_made(self)
 
     def _placed(self, frame: Frame, exchange: Exchange | None) -> None:
         """QUEUED or STARTED."""
         self.others = decode_message(Load, frame).others
-        if exchange is not None and exchange.phase < Phase.ANSWERING:
-            exchange.phase = Phase.QUEUED if frame.type == FrameType.QUEUED else Phase.STARTED
+        phase = Phase.QUEUED if frame.type == FrameType.QUEUED else Phase.STARTED
+        if exchange is not None and exchange.phase < phase:
+            exchange.phase = phase
         self._dispatcher.room_made(self)
 
     def _credited(self, frame: Frame, exchange: Exchange | None) -> None:
         if exchange is not None and exchange.outflow is not None:
             exchange.outflow.credited(decode_message(Credit, frame).octets)
 
-    def _data(self, frame: Frame) -> None:
-        inflow = self._inflows.get(frame.stream)
+    def _data(self, frame: Frame, exchange: Exchange | None) -> None:
+        stream = frame.stream
+        inflow = self._inflows.get(stream)
         if inflow is not None:
             inflow.received(frame.body, frame.flags)
-        if not frame.flags & END:
-            return
-        self._inflows.pop(frame.stream, None)
-        exchange = self._streams.get(frame.stream)
-        if exchange is not None:
-            exchange.phase = Phase.DONE
-        if frame.stream in self._streams:
-            self._finish(frame.stream, self.others)
+        elif exchange is not None:
+            raise ProtocolError("DATA before the head of its answer")
+        if frame.flags & END:
+            self._inflows.pop(stream, None)
+            if exchange is not None:
+                exchange.phase = Phase.DONE
+            self._finish(stream, self.others)
 
     @property
     def _open_link(self) -> Link:
@@ -232,19 +294,27 @@ class Connection:
         return self.link
 
     def _finish(self, stream: int, others: int) -> None:
-        del self._streams[stream]
+        self._close_stream(stream)
         if stream in self._freed:
             self._freed.discard(stream)
         else:
             self._count_free(others)
 
+    def _close_stream(self, stream: int) -> None:
+        del self._streams[stream]
+        if self.retired and not self._streams:
+            self.close()
+
     def _slot_freed(self, stream: int, others: int) -> None:
-        self._freed.add(stream)
-        self._count_free(others)
+        if stream not in self._freed:
+            self._freed.add(stream)
+            self._count_free(others)
 
     def _count_free(self, others: int) -> None:
         self.outstanding -= 1
         self.others = others
+        if self._ceiling != sys.maxsize:
+            self._ceiling += 1
         self._dispatcher.room_made(self)
 
 
@@ -255,4 +325,7 @@ _HANDLERS: dict[int, Callable[[Connection, Frame, Exchange | None], None]] = {
     FrameType.QUEUED: Connection._placed,
     FrameType.STARTED: Connection._placed,
     FrameType.CREDIT: Connection._credited,
+    FrameType.DATA: Connection._data,
 }
+_HARMLESS = (FrameType.CREDIT, FrameType.DATA, FrameType.PING)
+"""May come late, when their stream has ended."""

@@ -5,6 +5,7 @@ Fed by snapshots; asked once per request which backend is meant and who leads to
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
 from functools import partial
@@ -17,7 +18,6 @@ from serveit.exceptions import Rejected
 from serveit.types import DEFAULT_METHOD
 
 if TYPE_CHECKING:
-    from asyncio import Future
     from collections.abc import Callable
 
     from serveit.calling.exchange import Exchange
@@ -39,7 +39,11 @@ class Endpoint(NamedTuple):
 
 
 class Directory:
-    """The names of an app and the routers behind them."""
+    """The names of an app and the routers behind them.
+
+    All mutable state: `_endpoints` (by name), `_routers` (by backend), `_leaving` (routers of backends
+    that are gone, with requests still under way), `closed`.
+    """
 
     def __init__(
         self,
@@ -57,6 +61,8 @@ class Directory:
         self._random = rng or random.Random()
         self._endpoints: dict[str, Endpoint] = {}
         self._routers: dict[str, Router] = {}
+        self._leaving: list[Router] = []
+        self.closed = False
         self._make_router: Callable[[BackendInfo], Router] = partial(
             Router,
             default_queue=default_queue,
@@ -67,14 +73,21 @@ class Directory:
             rng=self._random,
         )
 
+    def __repr__(self) -> str:
+        return f"<Directory {self.app}{' closed' if self.closed else ''} {list(self._routers.values())}>"
+
     async def update(self, info: AppInfo) -> None:
-        """Follow a snapshot; new backends are connected before their names are known here."""
-        gone = self._routers.keys() - {backend.name for backend in info.backends}
+        """Follow a snapshot; new backends are connected before their names are known here.
+
+        One at a time, in the order of the snapshots. Requests under way to a backend that is gone may
+        end.
+        """
+        if self.closed:
+            return
         for backend in info.backends:
-            router = self._routers.get(backend.name)
-            if router is None:
-                router = self._routers[backend.name] = self._make_router(backend)
-            await router.update(backend)
+            if backend.name not in self._routers:
+                self._routers[backend.name] = self._make_router(backend)
+        await asyncio.gather(*(self._routers[backend.name].update(backend) for backend in info.backends))
         endpoints = {
             backend.name: Endpoint(backend.name, Traffic(((backend.name, 1.0),), ()), DEFAULT_METHOD)
             for backend in info.backends
@@ -83,11 +96,16 @@ class Directory:
             traffic = Traffic(endpoint.weights, endpoint.shadows)
             endpoints[endpoint.name] = Endpoint(endpoint.name, traffic, endpoint.target)
         self._endpoints = endpoints
-        for name in gone:
-            self._routers.pop(name).close()
+        self._leaving = [router for router in self._leaving if not router.idle]
+        for name in self._routers.keys() - {backend.name for backend in info.backends}:
+            router = self._routers.pop(name)
+            router.retire()
+            self._leaving.append(router)
 
     def close(self) -> None:
-        for router in self._routers.values():
+        """Fail what waits and close all links."""
+        self.closed = True
+        for router in (*self._routers.values(), *self._leaving):
             router.close()
 
     @property
@@ -111,7 +129,9 @@ class Directory:
     def choose(self, endpoint: Endpoint, shard_key: str | None = None) -> Router:
         """The router of the backend that this request goes to. Hot path: once per request."""
         traffic = endpoint.traffic
-        if shard_key is not None:
+        if len(traffic.weights) == 1:
+            backend = traffic.weights[0][0]
+        elif shard_key is not None:
             backend = choose_sticky(traffic, shard_key)
         else:
             backend = choose(traffic, self._random.random())
@@ -120,18 +140,21 @@ class Directory:
     def shadow(self, endpoint: Endpoint, copy: Callable[[], Exchange]) -> None:
         """Send copies of a request to the endpoint's shadows; their answers are nobody's.
 
-        A shadow never waits: where its backend has no room right now, it is left out.
+        A shadow never waits and never harms: where its backend has no slot free right now, it is left
+        out, and what is wrong with it is only logged.
         """
         for backend in shadows_for(endpoint.traffic, self._random.random):
-            exchange = copy()
-            exchange.answer.add_done_callback(partial(_drop, exchange))
             try:
+                exchange = copy()
+                exchange.answer.add_done_callback(partial(_drop, exchange))
                 self._routers[backend].submit_now(exchange)
-            except Rejected:
-                logger.debug("no room for a shadow request to backend %r", backend)
+            except Rejected as error:
+                logger.debug("a shadow request was left out: %s", error)
+            except Exception:
+                logger.exception("a shadow request to backend %r could not be sent", backend)
 
 
-def _drop(exchange: Exchange, answer: Future[Any]) -> None:
-    """Take a shadow's outcome, so that asyncio does not report it as never retrieved."""
+def _drop(exchange: Exchange, answer: asyncio.Future[Any]) -> None:
+    """Nobody reads a shadow's answer: what of it is still to come need not come."""
     if not answer.cancelled() and answer.exception() is None and answer.result().inflow is not None:
         exchange.cancel()

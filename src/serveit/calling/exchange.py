@@ -71,7 +71,8 @@ class Exchange:
 
     All of its mutable state is here and changed only by the router and the connection that have it:
     `phase`, `connection`, `stream` (where it was sent), `bucket` (its place in the deadline wheel),
-    `refused_by` (replicas not to be asked again while others are left), `resent`.
+    `refused_by` (replicas not to be asked again while others are left), `resent`, `expendable` (a
+    shadow: dropped rather than kept waiting).
     """
 
     __slots__ = (
@@ -82,6 +83,7 @@ class Exchange:
         "bucket",
         "connection",
         "deadline",
+        "expendable",
         "frame_type",
         "message",
         "outflow",
@@ -112,7 +114,10 @@ class Exchange:
         self.frame_type = frame_type
         self.message = message
         self.body = body
-        self.body_size = sum(map(_nbytes, body))
+        size = 0
+        for buffer in body:
+            size += buffer.nbytes if isinstance(buffer, memoryview) else len(buffer)
+        self.body_size = size
         self.answer_type = answer_type
         self.deadline = deadline
         self.answer: asyncio.Future[Answer[Message]] = asyncio.get_running_loop().create_future()
@@ -124,6 +129,7 @@ class Exchange:
         self.bucket: int | None = None
         self.refused_by: frozenset[str] = frozenset()
         self.resent = False
+        self.expendable = False
         self.waiting_since = 0.0
 
     def __repr__(self) -> str:
@@ -156,7 +162,5 @@ class Exchange:
     def fail(self, error: BaseException) -> None:
         if not self.answer.done():
             self.answer.set_exception(error)
-
-
-def _nbytes(buffer: Buffer) -> int:
-    return buffer.nbytes if isinstance(buffer, memoryview) else len(buffer)
+            # Counts as seen: where nobody waits any more, nobody is to read of it in the log.
+            self.answer.exception()

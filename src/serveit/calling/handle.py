@@ -6,15 +6,16 @@ Hot path: `call` once per call.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+import math
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, ParamSpec, TypeVar, cast
 
-from serveit.calling.exchange import Answer, Exchange
+from serveit.calling.exchange import Exchange
+from serveit.config import check_options
 from serveit.context import inherited_deadline, new_request_id
-from serveit.exceptions import NeedsRay
-from serveit.wire.frames import STREAM, Buffer, Call, CallAnswer, Failure, FrameType, Message
+from serveit.exceptions import NeedsRay, QueueFull
+from serveit.wire.frames import STREAM, Buffer, Call, CallAnswer, Failure, FrameType
 from serveit.wire.pickles import dump, load, load_exception
 
 if TYPE_CHECKING:
@@ -36,12 +37,16 @@ class HandleOptions:
     timeout_s: float | None = None
 
     def __post_init__(self) -> None:
-        if self.timeout_s is not None and not self.timeout_s > 0:
-            raise ValueError(f"timeout_s must be > 0, got {self.timeout_s!r}")
+        timeout_s: Any = self.timeout_s
+        if timeout_s is not None:
+            if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)):
+                raise TypeError(f"timeout_s must be a number of seconds or None, got {timeout_s!r}")
+            if not (timeout_s > 0 and math.isfinite(timeout_s)):
+                raise ValueError(f"timeout_s must be > 0 and finite, got {timeout_s!r}; None for no limit")
         for name in ("method_name", "shard_key"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
-                raise TypeError(f"{name} must be a str, got {value!r}")
+                raise TypeError(f"{name} must be a str or None, got {value!r}")
 
 
 @dataclass
@@ -74,28 +79,21 @@ class CallExchange(Exchange):
     def rebuild(self, failure: Failure, body: bytes) -> BaseException:
         return load_exception(failure, body)
 
-    async def answered(self) -> Answer[Message]:
-        """The head of the answer; whoever is cancelled while waiting takes the request back."""
-        try:
-            return await self.answer
-        except asyncio.CancelledError:
-            self.cancel()
-            raise
-
     async def result(self) -> Any:
-        """The value, whole."""
-        answer = await self.answered()
-        if answer.flags & STREAM:
-            self.cancel()
-            raise TypeError("the function returned a stream: use `async for item in handle.stream(...)`")
-        message = cast("CallAnswer", answer.message)
-        if answer.inflow is None:
-            return load(message.sizes, answer.body)
+        """The value, whole. Whoever is cancelled while waiting for it takes the request back."""
         try:
-            return load(message.sizes, await answer.inflow.read_all())
+            answer = await self.answer
+            if answer.flags & STREAM:
+                self.cancel()
+                raise TypeError(
+                    "the function returned a stream, not a value: use `async for item in handle.stream(...)`"
+                )
+            body: Buffer = answer.body if answer.inflow is None else await answer.inflow.read_all()
         except asyncio.CancelledError:
             self.cancel()
             raise
+        message: Any = answer.message
+        return load(message.sizes, body)
 
 
 class Handle(Generic[P, R]):
@@ -110,6 +108,7 @@ class Handle(Generic[P, R]):
         self._gateway = gateway
         self._name = name
         self._options = options
+        self._arguments = f"an argument of {name!r}"
 
     def __repr__(self) -> str:
         app = self._gateway.directory.app
@@ -135,12 +134,8 @@ class Handle(Generic[P, R]):
             shard_key: the same key goes to the same backend while the weights stand.
             timeout_s: seconds until the call is given up with `DeadlineExceeded`.
         """
-        try:
-            options = replace(self._options, **changes)
-        except TypeError as error:
-            known = ", ".join(HandleOptions.__dataclass_fields__)
-            raise TypeError(f"{error}; a handle's options are {known}") from None
-        return type(self)(self._gateway, self._name, options)
+        check_options(HandleOptions, "a handle", changes)
+        return type(self)(self._gateway, self._name, replace(self._options, **changes))
 
     async def call(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the function and wait for its value.
@@ -152,29 +147,33 @@ class Handle(Generic[P, R]):
             EncodingError: arguments or result do not pickle.
             Exception: whatever the function raised.
         """
-        return cast("R", await self._submit(args, kwargs).result())
+        result: R = await self._submit(args, kwargs).result()
+        return result
 
     async def stream(self, *args: P.args, **kwargs: P.kwargs) -> AsyncIterator[Any]:
-        """Call a generator and get its items as they are made.
+        """Call a generator and get its items as they are made; the call begins with the first.
 
         The generator is held back while this side does not read, and closed when it stops reading.
+
+        Raises:
+            Exception: as `call`; what the generator raises comes after the items before it.
         """
         exchange = self._submit(args, kwargs)
-        answer = await exchange.answered()
-        if answer.inflow is None or not answer.flags & STREAM:
-            exchange.cancel()
-            raise TypeError(f"{self._name!r} returned a value, not a stream: use `await handle.call(...)`")
-        ended = False
         try:
-            while not ended:
-                item, ended = await answer.inflow.read()
+            answer = await exchange.answer
+            if not answer.flags & STREAM:
+                raise TypeError(
+                    f"{self._name!r} returned a value, not a stream: use `await handle.call(...)`"
+                )
+            inflow, ended = answer.inflow, answer.inflow is None
+            while inflow is not None and not ended:
+                item, ended = await inflow.read()
                 if item:
                     yield load((), item)
         finally:
-            if not ended:
-                exchange.cancel()
+            exchange.cancel()  # of what is still to come
 
-    async def map(
+    def map(
         self,
         items: Iterable[Any] | AsyncIterable[Any],
         *,
@@ -189,29 +188,30 @@ class Handle(Generic[P, R]):
             ordered: results in the order of the items; False: `(index, result)` as they come.
 
         Raises:
-            Exception: what the first failing call raised; the calls still under way are cancelled.
+            Exception: what the first failing call, or `items`, raised; the calls still under way are
+                cancelled.
         """
+        if isinstance(max_in_flight, bool) or not isinstance(max_in_flight, int):
+            raise TypeError(f"max_in_flight must be an int, got {max_in_flight!r}")
         if max_in_flight < 1:
             raise ValueError(f"max_in_flight must be ≥ 1, got {max_in_flight}")
-        finished: asyncio.Queue[tuple[int, CallExchange]] = asyncio.Queue()
-        under_way: deque[tuple[int, CallExchange]] = deque()
-        index = 0
+        if not isinstance(items, AsyncIterable):
+            items = iter(items)
+        return self._map(items, max_in_flight, ordered)
+
+    async def _map(
+        self, items: Iterable[Any] | AsyncIterable[Any], max_in_flight: int, ordered: bool
+    ) -> AsyncIterator[Any]:
+        flow = _Flow(self._submit, max_in_flight, ordered)
+        feeder = asyncio.get_running_loop().create_task(flow.feed(items))
         try:
-            async for item in _iterate(items):
-                if len(under_way) >= max_in_flight:
-                    yield await self._take(under_way, finished, ordered)
-                exchange = self._submit((item,), {})
-                entry = index, exchange
-                under_way.append(entry)
-                if not ordered:
-                    exchange.answer.add_done_callback(lambda _, entry=entry: finished.put_nowait(entry))  # type: ignore[misc]
-                index += 1
-            while under_way:
-                yield await self._take(under_way, finished, ordered)
+            while (index := await flow.next()) is not None:
+                result = await flow.take(index)
+                yield result if ordered else (index, result)
         finally:
-            for _, exchange in under_way:
-                exchange.cancel()
-                exchange.answer.add_done_callback(_retrieve)
+            feeder.cancel()
+            flow.cancel()
+            await asyncio.wait((feeder,))
 
     async def remote(self, *args: P.args, **kwargs: P.kwargs) -> Any:
         """Wait for a slot, submit, and return a `ray.ObjectRef`.
@@ -233,17 +233,6 @@ class Handle(Generic[P, R]):
 
         return SyncHandle(self, self._gateway)
 
-    @staticmethod
-    async def _take(
-        under_way: deque[tuple[int, CallExchange]],
-        finished: asyncio.Queue[tuple[int, CallExchange]],
-        ordered: bool,
-    ) -> Any:
-        entry = under_way[0] if ordered else await finished.get()
-        result = await entry[1].result()
-        under_way.remove(entry)
-        return result if ordered else (entry[0], result)
-
     def _submit(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallExchange:
         if asyncio.get_running_loop() is not self._gateway.loop:
             raise RuntimeError(
@@ -257,23 +246,80 @@ class Handle(Generic[P, R]):
             own = directory.clock.time() + options.timeout_s
             deadline = own if deadline is None else min(own, deadline)
         target = options.method_name or endpoint.target
-        pickled = dump((args, kwargs), f"an argument of {self._name!r}")
+        pickled = dump((args, kwargs), self._arguments)
         exchange = CallExchange(target, pickled, deadline)
-        directory.choose(endpoint, options.shard_key).submit(exchange)
+        try:
+            directory.choose(endpoint, options.shard_key).submit(exchange)
+        except QueueFull as error:
+            raise QueueFull(
+                f"{error}; `handle.map(items, max_in_flight=...)` submits only so many at a time"
+            ) from None
         if endpoint.traffic.shadows:
             directory.shadow(endpoint, lambda: CallExchange(target, pickled, deadline))
         return exchange
 
 
-async def _iterate(items: Iterable[Any] | AsyncIterable[Any]) -> AsyncIterator[Any]:
-    if isinstance(items, AsyncIterable):
-        async for item in items:
-            yield item
-    else:
-        for item in items:
-            yield item
+class _Flow:
+    """The calls of one `map`: a task feeds them to the replicas, the reader takes their results.
 
+    A task, because the results that are there must not wait for a slow source.
+    """
 
-def _retrieve(answer: asyncio.Future[Any]) -> None:
-    if not answer.cancelled():
-        answer.exception()
+    def __init__(
+        self,
+        submit: Callable[[tuple[Any, ...], dict[str, Any]], CallExchange],
+        max_in_flight: int,
+        ordered: bool,
+    ) -> None:
+        self._submit = submit
+        self._ordered = ordered
+        self._room = asyncio.Semaphore(max_in_flight)
+        self._under_way: dict[int, CallExchange] = {}
+        self._next: asyncio.Queue[int | None] = asyncio.Queue()
+        """Indices in the order in which they are handed out; None once `items` has ended."""
+        self._count = 0
+        self._error: BaseException | None = None
+        self._fed = False
+
+    async def feed(self, items: Iterable[Any] | AsyncIterable[Any]) -> None:
+        """Submit a call per item, as there is room."""
+        try:
+            if isinstance(items, AsyncIterable):
+                async for item in items:
+                    await self._put(item)
+            else:
+                for item in items:
+                    await self._put(item)
+        except BaseException as error:  # whatever it is, it is the reader's: see `next`
+            self._error = error
+        self._next.put_nowait(None)
+
+    async def _put(self, item: Any) -> None:
+        await self._room.acquire()
+        index, self._count = self._count, self._count + 1
+        exchange = self._under_way[index] = self._submit((item,), {})
+        if self._ordered:
+            self._next.put_nowait(index)
+        else:
+            exchange.answer.add_done_callback(lambda _: self._next.put_nowait(index))
+
+    async def next(self) -> int | None:
+        """Whose result is to be taken next; None when all are taken. Raises what `items` raised."""
+        while self._under_way or not self._fed:
+            index = await self._next.get()
+            if index is not None:
+                return index
+            self._fed = True
+            if self._error is not None:
+                raise self._error
+        return None
+
+    async def take(self, index: int) -> Any:
+        result = await self._under_way[index].result()
+        del self._under_way[index]
+        self._room.release()
+        return result
+
+    def cancel(self) -> None:
+        for exchange in self._under_way.values():
+            exchange.cancel()

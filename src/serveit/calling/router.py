@@ -7,9 +7,10 @@ the replica: what a router believes free may be taken, and then the replica queu
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
-from collections import deque
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,13 +21,12 @@ from serveit.exceptions import (
     Draining,
     NoReplica,
     NotServing,
-    ProtocolError,
     QueueFull,
     ReplicaDied,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Sequence
 
     from serveit.clock import DeadlineWheel
     from serveit.control.snapshot import BackendInfo, ReplicaInfo
@@ -54,8 +54,9 @@ class RouterStatistics:
 class Router:
     """The way of one process to the replicas of one backend.
 
-    All mutable state: `_connections` (by replica id), `_queue` (who waits, oldest first; cancelled
-    ones stay in it as gaps), `_waiting` (how many of them are alive).
+    All mutable state: `_connections` (by replica id) and `_ring` (the same, to draw from), `_queue`
+    (who waits, oldest first: exactly the exchanges in phase WAITING), `_closed` (nothing is taken
+    any more), `_hinted` (the hint at `num_threads` has been given).
     """
 
     def __init__(
@@ -75,54 +76,73 @@ class Router:
         self._connect = connect
         self._wheel = wheel
         self._observer = observer
-        self._random = rng or random.Random()
+        self._random = (rng or random.Random()).random
         self._connections: dict[str, Connection] = {}
-        self._queue: deque[Exchange] = deque()
-        self._waiting = 0
+        self._ring: list[Connection] = []
+        self._queue: OrderedDict[Exchange, None] = OrderedDict()
         self._closed = False
         self._hinted = False
 
     def __repr__(self) -> str:
-        return f"<Router {self.info.name} waiting={self._waiting} {list(self._connections.values())}>"
+        return f"<Router {self.info.name} waiting={len(self._queue)} {self._ring}>"
 
     @property
     def max_queued_requests(self) -> int:
         limit = self.info.max_queued_requests
         return self._default_queue if limit is None else limit
 
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing left to close: no connection, so no request on one."""
+        return not self._connections
+
     def statistics(self) -> RouterStatistics:
-        connections = self._connections.values()
         return RouterStatistics(
-            waiting=self._waiting,
-            outstanding=sum(connection.outstanding for connection in connections),
-            replicas_ready=sum(connection.ready for connection in connections),
+            waiting=len(self._queue),
+            outstanding=sum(connection.outstanding for connection in self._ring),
+            replicas_ready=sum(connection.ready for connection in self._ring),
         )
 
+    # -- from whoever has the snapshots ------------------------------------------------------
+
     async def update(self, info: BackendInfo) -> None:
-        """Follow a snapshot: connect to new replicas, let go of those that are gone."""
+        """Follow a snapshot: connect to new replicas, let go of those that are gone.
+
+        A replica that cannot be reached is left out; the next snapshot tries it again.
+        """
+        if self._closed:
+            return
         self.info = info
-        wanted = {replica.id: replica for replica in info.replicas}
-        for replica_id in self._connections.keys() - wanted.keys():
-            self._connections[replica_id].draining = True
-        for replica_id, replica in wanted.items():
-            known = self._connections.get(replica_id)
-            if known is not None:
-                known.limit, known.prefetch = info.max_ongoing_requests, info.prefetch
-                continue
-            connection = Connection(replica, info.max_ongoing_requests, info.prefetch, self)
-            connection.link = await self._connect(replica, connection)
-            self._connections[replica_id] = connection
+        limit, prefetch = info.max_ongoing_requests, info.prefetch
+        wanted = {replica.id for replica in info.replicas}
+        for connection in list(self._ring):
+            if connection.replica.id not in wanted:
+                connection.retire()
+            elif connection.closed:
+                self._forget(connection)
+            else:
+                connection.adjust(limit, prefetch)
+        new = [
+            Connection(replica, limit, prefetch, self)
+            for replica in info.replicas
+            if replica.id not in self._connections
+        ]
+        # Known before they are connected: an update that overlaps this one leaves them alone.
+        self._connections.update((connection.replica.id, connection) for connection in new)
+        self._ring = list(self._connections.values())
         self._pump()
+        await asyncio.gather(*map(self._open, new))
+
+    def retire(self) -> None:
+        """The backend is gone: fail what waits, let what is under way end, then close the links."""
+        self._take_no_more()
+        for connection in list(self._ring):
+            connection.retire()
 
     def close(self) -> None:
         """Fail what waits and close the links."""
-        self._closed = True
-        queue, self._queue = self._queue, deque()
-        self._waiting = 0
-        for exchange in queue:
-            if exchange.phase == Phase.WAITING:
-                self._end(exchange, Draining("the instance is stopping"))
-        for connection in self._connections.values():
+        self._take_no_more()
+        for connection in list(self._ring):
             connection.close()
 
     # -- from callers ------------------------------------------------------------------------
@@ -132,39 +152,39 @@ class Router:
 
         Raises:
             QueueFull: `max_queued_requests` are waiting already.
+            DeadlineExceeded: its deadline is over already.
             NotServing: the router is closed.
             ProtocolError: the request's metadata does not fit a frame.
         """
         if self._closed:
             raise NotServing(f"backend {self.info.name!r} has been shut down")
+        deadline = exchange.deadline
+        if deadline is not None and deadline <= self.now():
+            name = self.info.name
+            raise DeadlineExceeded(f"the deadline was over before backend {name!r} was asked", executed="no")
         exchange.owner = self
-        connection = self._choose(exchange) if not self._waiting else None
+        connection = self._choose(exchange) if not self._queue else None
         if connection is not None:
             connection.send(exchange)
         else:
-            if self._waiting >= self.max_queued_requests:
-                self._observer.refused(self.info.name, "router", "full")
-                raise QueueFull(
-                    f"{self._waiting} requests to backend {self.info.name!r} are waiting already "
-                    f"(max_queued_requests={self.max_queued_requests})"
-                )
-            exchange.waiting_since = self.now()
-            self._queue.append(exchange)
-            self._waiting += 1
-        if exchange.deadline is not None:
-            exchange.bucket = self._wheel.add(exchange, exchange.deadline)
+            self._wait(exchange)
+        if deadline is not None:
+            exchange.bucket = self._wheel.add(exchange, deadline)
 
     def submit_now(self, exchange: Exchange) -> None:
-        """Send the request if some replica has room; it never waits here.
+        """Send the request if some replica would run it at once; it never waits here, nor comes back.
 
         Raises:
-            QueueFull: none has.
+            QueueFull: none would.
         """
+        connection = self._choose(exchange) if not self._queue else None
+        if connection is None or not connection.has_free_slot:
+            raise QueueFull(f"no replica of backend {self.info.name!r} has a free slot right now")
         exchange.owner = self
-        connection = self._choose(exchange) if not self._waiting else None
-        if connection is None:
-            raise QueueFull(f"no replica of backend {self.info.name!r} has room right now")
+        exchange.expendable = True
         connection.send(exchange)
+        if exchange.deadline is not None:
+            exchange.bucket = self._wheel.add(exchange, exchange.deadline)
 
     def cancel(self, exchange: Exchange) -> None:
         """Give the request up, wherever it is."""
@@ -182,32 +202,37 @@ class Router:
     # -- from connections --------------------------------------------------------------------
 
     def room_made(self, connection: Connection) -> None:
-        while self._waiting and connection.has_room and connection.ready:
-            exchange = self._next_waiting()
-            if exchange is None:
-                return
-            self._waiting -= 1
-            self._send(connection, exchange)
+        queue = self._queue
+        while queue and connection.has_room and connection.ready:
+            exchange, _ = queue.popitem(last=False)
+            if exchange.deadline is not None and exchange.deadline <= self.now():
+                self._end(exchange, self._too_late(Phase.WAITING))
+            else:
+                self._send(connection, exchange)
 
     def answered(self, exchange: Exchange) -> None:
-        self._forget_deadline(exchange)
+        if exchange.bucket is not None:
+            self._forget_deadline(exchange)
 
-    def refused(self, exchange: Exchange, reason: str) -> None:
-        """Not executed: try elsewhere. Where all others refused it too, it waits for room."""
-        connection = exchange.connection
-        if connection is not None:
-            exchange.refused_by |= {connection.replica.id}
-            if reason == "draining":
-                connection.draining = True
-        self._resubmit(exchange)
+    def refused(self, exchange: Exchange) -> None:
+        """Not executed: try those that have not refused it, then those that refused it before and have
+        room by now. Where there is none it waits for room, wherever that comes up."""
+        assert exchange.connection is not None, "it was sent"
+        just_now = frozenset((exchange.connection.replica.id,))
+        for refused_by in (exchange.refused_by | just_now, just_now):
+            exchange.refused_by = refused_by
+            connection = self._choose(exchange)
+            if connection is not None:
+                break
+        self._resubmit(exchange, connection)
 
     def lost(self, connection: Connection, exchanges: list[Exchange]) -> None:
         """A link broke: what was only queued goes elsewhere once, the rest may have been executed."""
-        self._connections.pop(connection.replica.id, None)
+        self._forget(connection)
         for exchange in exchanges:
-            if exchange.phase == Phase.QUEUED and not exchange.resent and not self._closed:
+            if exchange.phase == Phase.QUEUED and not exchange.resent:
                 exchange.resent = True
-                self._resubmit(exchange)
+                self._resubmit(exchange, self._choose(exchange))
             else:
                 executed: Executed = "no" if exchange.phase == Phase.QUEUED else "maybe"
                 error = ReplicaDied(
@@ -215,49 +240,107 @@ class Router:
                 )
                 self._end(exchange, error)
 
+    # -- connections -------------------------------------------------------------------------
+
+    async def _open(self, connection: Connection) -> None:
+        """Connect; whatever happens meanwhile, no link stays open that nobody uses."""
+        try:
+            link = await self._connect(connection.replica, connection)
+        except Exception as error:
+            self._forget(connection)
+            logger.warning("replica %s cannot be reached: %s", connection.replica.id, error)
+            return
+        except BaseException:
+            self._forget(connection)
+            raise
+        connection.link = link
+        if connection.retired or self._closed:
+            connection.close()
+        self.room_made(connection)
+
+    def _forget(self, connection: Connection) -> None:
+        if self._connections.get(connection.replica.id) is connection:
+            del self._connections[connection.replica.id]
+            self._ring = list(self._connections.values())
+
+    def _take_no_more(self) -> None:
+        self._closed = True
+        waiting = list(self._queue)
+        self._queue.clear()
+        for exchange in waiting:
+            self._end(exchange, self._shut_down())
+
     # -- decisions ---------------------------------------------------------------------------
 
     def _choose(self, exchange: Exchange) -> Connection | None:
-        """Least loaded of two drawn at random among those with a free slot, else with room.
+        """The less loaded of two drawn at random; where neither has a free slot, of those that do.
 
         "Power of two choices" (Mitzenmacher, 1996): nearly as even as asking all of them, and two
-        routers with the same stale view do not both run to the same replica.
+        routers with the same stale view do not both run to the same replica. While slots are free
+        it costs the same for 2 replicas and for 200.
         """
-        ready = [
-            connection
-            for connection in self._connections.values()
-            if connection.has_room and connection.ready and connection.replica.id not in exchange.refused_by
+        ring, refused_by = self._ring, exchange.refused_by
+        if len(ring) == 1:
+            (only,) = ring
+            usable = only.has_room and only.ready and only.replica.id not in refused_by
+            return only if usable else None
+        drawn = self._draw_two(ring)
+        free: Sequence[Connection] = [
+            c for c in drawn if c.has_free_slot and c.ready and c.replica.id not in refused_by
         ]
-        if len(ready) > 1:
-            ready = [connection for connection in ready if connection.has_free_slot] or ready
-        if len(ready) > 2:
-            ready = self._random.sample(ready, 2)
-        if len(ready) == 2:
-            one, other = ready
-            loads = one.outstanding + one.others, other.outstanding + other.others
-            if loads[0] == loads[1]:
-                return one if self._random.random() < 0.5 else other
-            return one if loads[0] < loads[1] else other
-        return ready[0] if ready else None
+        if not free:
+            roomy = [c for c in ring if c.has_room and c.ready and c.replica.id not in refused_by]
+            free = self._draw_two([c for c in roomy if c.has_free_slot] or roomy)
+        if not free:
+            return None
+        chosen = min(free, key=_load)
+        for other in drawn:
+            if other is not chosen:
+                other.passed_over()
+        return chosen
 
-    def _resubmit(self, exchange: Exchange) -> None:
+    def _draw_two(self, connections: Sequence[Connection]) -> Sequence[Connection]:
+        """Two different ones in random order: so ties are broken at random, too."""
+        count = len(connections)
+        if count < 2:
+            return connections
+        first = int(self._random() * count)
+        second = int(self._random() * (count - 1))
+        return connections[first], connections[second + (second >= first)]
+
+    def _wait(self, exchange: Exchange) -> None:
+        if len(self._queue) >= self.max_queued_requests:
+            self._observer.refused(self.info.name, "router", "full")
+            raise QueueFull(
+                f"{len(self._queue)} requests to backend {self.info.name!r} are waiting already "
+                f"(max_queued_requests={self.max_queued_requests})"
+            )
+        exchange.waiting_since = self.now()
+        self._queue[exchange] = None
+
+    def _resubmit(self, exchange: Exchange, connection: Connection | None) -> None:
+        if self._closed:
+            self._end(exchange, self._shut_down())
+            return
+        if exchange.expendable:
+            self._end(exchange, QueueFull("dropped: another replica would have to be found"))
+            return
         exchange.connection = None
         exchange.outflow = None
         exchange.phase = Phase.WAITING
-        connection = self._choose(exchange)
         if connection is not None:
             self._send(connection, exchange)
             return
-        # Everybody refused: from here on any room, wherever it comes up, is worth a try.
         exchange.refused_by = frozenset()
         exchange.waiting_since = self.now()
-        self._queue.appendleft(exchange)
-        self._waiting += 1
+        self._queue[exchange] = None
+        self._queue.move_to_end(exchange, last=False)
 
     def _send(self, connection: Connection, exchange: Exchange) -> None:
         try:
             connection.send(exchange)
-        except ProtocolError as error:
+        except Exception as error:
+            # The caller has gone on: whatever is wrong with the request has to reach it this way.
             self._end(exchange, error)
         threads = self.info.num_threads
         if threads is not None and not self._hinted and exchange.waiting_since:
@@ -271,23 +354,15 @@ class Router:
                 )
 
     def _pump(self) -> None:
-        for connection in list(self._connections.values()):
+        for connection in list(self._ring):
             self.room_made(connection)
-
-    def _next_waiting(self) -> Exchange | None:
-        while self._queue:
-            exchange = self._queue.popleft()
-            if exchange.phase == Phase.WAITING:
-                return exchange
-        return None
 
     def _withdraw(self, exchange: Exchange) -> None:
         phase, exchange.phase = exchange.phase, Phase.DONE
         if phase == Phase.WAITING:
-            self._waiting -= 1
-            if not self._waiting:
-                self._queue.clear()
-        elif exchange.connection is not None:
+            self._queue.pop(exchange, None)
+        else:
+            assert exchange.connection is not None, "it was sent"
             exchange.connection.cancel(exchange)
 
     def _end(self, exchange: Exchange, error: BaseException) -> None:
@@ -300,10 +375,17 @@ class Router:
             self._wheel.discard(exchange, exchange.bucket)
             exchange.bucket = None
 
+    def _shut_down(self) -> Exception:
+        return Draining(f"backend {self.info.name!r} is being shut down")
+
     def _too_late(self, phase: Phase) -> Exception:
         name = self.info.name
-        if phase in (Phase.WAITING, Phase.QUEUED):
-            if any(connection.ready for connection in self._connections.values()):
-                return DeadlineExceeded(f"still waiting for a slot of backend {name!r}", executed="no")
+        if phase == Phase.WAITING and not any(connection.ready for connection in self._ring):
             return NoReplica(f"no replica of backend {name!r} was ready in time")
+        if phase in (Phase.WAITING, Phase.QUEUED):
+            return DeadlineExceeded(f"still waiting for a slot of backend {name!r}", executed="no")
         return DeadlineExceeded(f"backend {name!r} did not answer in time", executed="maybe")
+
+
+def _load(connection: Connection) -> int:
+    return connection.load

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, cast
+
+from serveit.exceptions import NotServing
 
 if TYPE_CHECKING:
     from serveit.calling.handle import Gateway, Handle
@@ -41,17 +44,19 @@ class SyncHandle(Generic[P, R]):
 
     def call(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """As `Handle.call`, blocking."""
-        return cast("R", self._run("await handle.call(...)", lambda: self._handle.call(*args, **kwargs)))
+        self._check("await handle.call(...)")
+        result: R = self._wait(lambda: self._handle.call(*args, **kwargs))
+        return result
 
     def remote(self, *args: P.args, **kwargs: P.kwargs) -> Any:
         """As `Handle.remote`, blocking until the request is submitted."""
-        return self._run("await handle.remote(...)", lambda: self._handle.remote(*args, **kwargs))
+        self._check("await handle.remote(...)")
+        return self._wait(lambda: self._handle.remote(*args, **kwargs))
 
     def stream(self, *args: P.args, **kwargs: P.kwargs) -> Iterator[Any]:
-        """As `Handle.stream`: an ordinary iterator."""
-        return self._iterate(
-            "async for item in handle.stream(...)", lambda: self._handle.stream(*args, **kwargs)
-        )
+        """As `Handle.stream`: an ordinary iterator. Close it, or read it to its end."""
+        self._check("async for item in handle.stream(...)")
+        return self._pull(self._handle.stream(*args, **kwargs))
 
     def map(
         self,
@@ -61,45 +66,57 @@ class SyncHandle(Generic[P, R]):
         ordered: bool = True,
     ) -> Iterator[Any]:
         """As `Handle.map`: an ordinary iterator. `items` is iterated in the event loop's thread."""
-        return self._iterate(
-            "async for result in handle.map(...)",
-            lambda: self._handle.map(items, max_in_flight=max_in_flight, ordered=ordered),
-        )
+        self._check("async for result in handle.map(...)")
+        return self._pull(self._handle.map(items, max_in_flight=max_in_flight, ordered=ordered))
 
-    def _run(self, instead: str, function: Callable[[], Any]) -> Any:
-        self._refuse_event_loop(instead)
-        return self._gateway.portal.call(function)
-
-    def _iterate(self, instead: str, make: Callable[[], AsyncIterator[T]]) -> Iterator[T]:
-        self._refuse_event_loop(instead)
-        return self._pull(make)
-
-    def _pull(self, make: Callable[[], AsyncIterator[T]]) -> Iterator[T]:
-        call = self._gateway.portal.call
-        source: Any = make()
+    def _wait(self, function: Callable[[], Awaitable[Any]]) -> Any:
+        """Run it in the event loop; who is interrupted (Ctrl-C) while waiting takes it back."""
+        future = self._gateway.portal.start_task_soon(function)
         try:
-            while True:
-                more, item = call(_next, source)
-                if not more:
-                    return
+            return future.result()
+        except BaseException as error:
+            if future.cancelled() and isinstance(error, CancelledError):
+                raise NotServing(f"{self!r}: the app was shut down meanwhile", executed="maybe") from None
+            future.cancel()
+            raise
+
+    def _pull(self, source: AsyncIterator[T]) -> Iterator[T]:
+        while True:
+            more, item = self._wait(lambda: _next(source))
+            if not more:
+                return
+            try:
                 yield cast("T", item)
-        finally:
-            call(source.aclose)
+            except BaseException:  # the reader has closed this iterator, or the garbage collector
+                if not self._gateway.directory.closed and _running_loop() is None:
+                    self._wait(lambda: _close(source))
+                raise
 
-    def _refuse_event_loop(self, instead: str) -> None:
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            return
-        raise RuntimeError(
-            f"{self!r} blocks and an event loop is running in this thread: "
-            f"use the async handle (sync=False): `{instead}`"
-        )
+    def _check(self, instead: str) -> None:
+        if _running_loop() is not None:
+            raise RuntimeError(
+                f"{self!r} blocks and an event loop is running in this thread: "
+                f"use the async handle (sync=False): `{instead}`"
+            )
+        directory = self._gateway.directory
+        if directory.closed:
+            raise NotServing(f"{self!r}: app {directory.app!r} has been shut down")
 
 
-async def _next(source: AsyncIterable[T]) -> tuple[bool, T | None]:
-    """StopAsyncIteration as a value: it cannot leave a coroutine."""
+def _running_loop() -> asyncio.AbstractEventLoop | None:
     try:
-        return True, await cast("AsyncIterator[T]", source).__anext__()
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+async def _next(source: AsyncIterator[T]) -> tuple[bool, T | None]:
+    """StopAsyncIteration as a value: it must not be mistaken for what the function raised."""
+    try:
+        return True, await anext(source)
     except StopAsyncIteration:
         return False, None
+
+
+async def _close(source: Any) -> None:
+    await source.aclose()

@@ -35,7 +35,7 @@ class BackendInfo(msgspec.Struct, frozen=True):
     max_queued_requests: int | None = None
     request_timeout_s: float | None = None
     num_threads: int | None = None
-    """Set where `def` functions are run in threads: what a long queue is then waiting for."""
+    """Set where a long queue waits for threads: `def` functions that are not called with batches."""
 
 
 class EndpointInfo(msgspec.Struct, frozen=True):
@@ -97,7 +97,7 @@ def app_info(app: App, name: str, prefix: str, replicas: Mapping[str, Sequence[R
                 prefetch=config.prefetch,
                 max_queued_requests=config.max_queued_requests,
                 request_timeout_s=config.request_timeout_s,
-                num_threads=None if is_async else config.num_threads,
+                num_threads=config.num_threads if not is_async and config.max_batch_size is None else None,
             )
         )
     endpoints = [

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any, TypeVar, Unpack, overload
 from serveit.config import BackendConfig, did_you_mean
 from serveit.context import resolve
 from serveit.declare.backend import (
-    LIFECYCLE,
     Backend,
-    BackendOptions,
     BackendRecord,
     BatchBackend,
-    check_name,
-    describe,
+    find_backend,
+    make_backend,
+    registered_already,
 )
 from serveit.declare.binding import plan_binding
-from serveit.declare.route import Route, check_methods
+from serveit.declare.route import Route, check_methods, endpoint_name, refuse_equal
 from serveit.declare.routing import compile_pattern
+from serveit.declare.target import check_kind, choose_name, describe
 from serveit.declare.traffic import parse_traffic
 from serveit.types import DEFAULT_METHOD
 
@@ -28,7 +28,19 @@ if TYPE_CHECKING:
 
     from serveit.calling.handle import Handle
     from serveit.calling.sync import SyncHandle
-    from serveit.declare.decorators import BackendDecorator, BatchDecorator, RouteDecorator
+    from serveit.declare.decorators import (
+        AsyncBatchModel,
+        AsyncMethod,
+        AsyncModel,
+        BackendDecorator,
+        BackendOptions,
+        BatchDecorator,
+        BatchModel,
+        Method,
+        Model,
+        RouteDecorator,
+        Served,
+    )
     from serveit.declare.routing import Pattern
 
     P = ParamSpec("P")
@@ -36,7 +48,6 @@ if TYPE_CHECKING:
     A = TypeVar("A")
     B = TypeVar("B")
     C = TypeVar("C", bound=type[Any])
-    S = TypeVar("S")
 
 
 class App:
@@ -175,7 +186,8 @@ class App:
         settings = BackendConfig.from_options(config, options)
 
         def register(target: Any) -> Any:
-            return self._register(target, name, settings, init_args, init_kwargs)
+            record = self._register(target, name, settings, init_args, init_kwargs)
+            return target if inspect.isclass(target) else record
 
         return register if target is None else register(target)
 
@@ -186,34 +198,14 @@ class App:
         config: BackendConfig,
         init_args: Sequence[Any],
         init_kwargs: Mapping[str, Any] | None,
-    ) -> Any:
+    ) -> BackendRecord:
         if isinstance(target, BackendRecord):
-            if any(target.name in dict(route.traffic.weights) for route in target.app.routes):
-                raise TypeError(
-                    f"write @app.route above @app.backend, not below it ({describe(target.target)})"
-                )
-            raise TypeError(f"{describe(target.target)} is backend {target.name!r} already")
-        _refuse_class_body(target, "@app.backend")
-        if isinstance(target, str) and name is None:
-            raise TypeError(f"app.backend({target!r}) needs name=: the target is imported by replicas only")
-        chosen = check_name(
-            name if name is not None else getattr(target, "__name__", repr(target)), "app.backend"
-        )
+            raise registered_already(target, self)
+        check_kind(target, "@app.backend")
+        chosen = choose_name(target, name, "app.backend")
         self._refuse_taken(chosen, target)
-        record: BackendRecord
-        if inspect.isclass(target):
-            record = BackendRecord(self, target, chosen, config, init_args, init_kwargs)
-        elif isinstance(target, str):
-            record = Backend(self, target, chosen, config)
-            record.init_args, record.init_kwargs = tuple(init_args), dict(init_kwargs or {})
-        elif init_args or init_kwargs:
-            raise TypeError(f"init_args and init_kwargs are for classes; {describe(target)} is a function")
-        else:
-            record = (Backend if config.max_batch_size is None else BatchBackend)(
-                self, target, chosen, config
-            )
-        self.backends[chosen] = record
-        return target if inspect.isclass(target) else record
+        record = self.backends[chosen] = make_backend(self, target, chosen, config, init_args, init_kwargs)
+        return record
 
     def _refuse_taken(self, name: str, target: Any) -> None:
         taken = self.backends.get(name)
@@ -238,13 +230,24 @@ class App:
             methods: HTTP methods; GET brings HEAD.
             name: of the endpoint; by default the path.
         """
+        if not isinstance(path, str):
+            raise TypeError(f'write @app.route("/path") with the path in brackets, got {path!r}')
+        check_methods(methods, f"route {path!r}")
 
         def register(target: Any) -> Any:
-            _refuse_class_body(target, "@app.route")
-            if not isinstance(target, BackendRecord) and self._find(target) is None:
-                target = self.backend(target)
-            self.add_route(path, target, methods=methods, name=name)
-            return target
+            if isinstance(target, BackendRecord):
+                self.add_route(path, target, methods=methods, name=name)
+                return target
+            check_kind(target, "@app.route")
+            found = self._find(target, "@app.route")
+            record = found[0] if found else self._register(target, None, BackendConfig(), (), None)
+            try:
+                self.add_route(path, target, methods=methods, name=name)
+            except BaseException:
+                if found is None:
+                    del self.backends[record.name]
+                raise
+            return target if inspect.isclass(target) else record
 
         return register
 
@@ -257,16 +260,19 @@ class App:
         name: str | None = None,
         traffic: Mapping[str, float] | None = None,
         shadow: Mapping[str, float] | None = None,
+        method_name: str | None = None,
     ) -> None:
         """Lead a path to a backend, to a method of one, or to several by weight.
 
         Args:
             path: the pattern; see `route`.
-            target: a backend: its function, class, name, or a method of its class.
+            target: a backend: its name, its function or class (of which the first registered one
+                is meant), or a method of its class.
             methods: HTTP methods; GET brings HEAD.
             name: of the endpoint; by default the path.
             traffic: backend name to weight, in place of `target`; the weights sum to 1.
             shadow: backend name to the share of requests that it gets a copy of.
+            method_name: the method of the backends' classes to call, where `target` is none itself.
 
         Raises:
             TypeError: the function does not fit the route; the text says which parameter and why.
@@ -277,67 +283,78 @@ class App:
         allowed = check_methods(methods, where)
         if (target is None) == (traffic is None):
             raise TypeError(f"{where}: give either a backend or traffic={{name: weight}}")
-        method_name = DEFAULT_METHOD
+        called = method_name or DEFAULT_METHOD
         if traffic is None:
-            record, method_name = self._lookup(target, where)
+            record, found = self._lookup(target, where)
+            if method_name is not None and found != DEFAULT_METHOD:
+                raise TypeError(f"{where}: {describe(target)} is a method itself: leave method_name= out")
+            called = called if found == DEFAULT_METHOD else found
             traffic = {record.name: 1.0}
         table = parse_traffic(traffic, shadow, self.backends, where)
-        for backend_name in {*dict(table.weights), *dict(table.shadows)}:
-            self._check_binding(backend_name, method_name, pattern, allowed, where)
-        self._refuse_equal(pattern, allowed, where)
-        endpoint = self._endpoint_name(name, pattern, allowed, where)
-        self.routes.append(Route(endpoint, pattern, allowed, table, method_name))
+        for backend_name in sorted({*dict(table.weights), *dict(table.shadows)}):
+            self._check_binding(backend_name, called, pattern, allowed, where)
+        refuse_equal(pattern, allowed, self.routes, where)
+        taken = {*self.backends, *(route.name for route in self.routes)}
+        endpoint = endpoint_name(name, pattern, allowed, taken, where)
+        self.routes.append(Route(endpoint, pattern, allowed, table, called))
 
     def _check_binding(
         self, backend: str, method_name: str, pattern: Pattern, methods: tuple[str, ...], where: str
     ) -> None:
         record = self.backends[backend]
         if isinstance(record.target, str):
-            return  # decided when a replica has imported it
+            return  # decided once a replica has imported it
         try:
             method = record.method(method_name)
         except AttributeError as error:
             raise TypeError(f"{where}: {error}") from None
+        if getattr(record.target, "__name__", None) != backend:
+            where = f"{where}, backend {backend!r}"
         plan_binding(
             method.function,
             pattern=pattern,
             methods=methods,
             batch=method.is_batch,
             drop_first=method.of_class,
-            where=f"{where}, {describe(method.function)}",
+            where=where,
         )
-
-    def _refuse_equal(self, pattern: Pattern, methods: tuple[str, ...], where: str) -> None:
-        for route in self.routes:
-            shared = sorted(set(route.methods) & set(methods))
-            if route.pattern.shape == pattern.shape and shared:
-                raise ValueError(
-                    f"{where} is equal to {route.pattern.text!r}, which takes {', '.join(shared)} already"
-                )
-
-    def _endpoint_name(self, name: str | None, pattern: Pattern, methods: tuple[str, ...], where: str) -> str:
-        taken = {route.name for route in self.routes}
-        if name is None:
-            # A second route on the same path has other methods: they tell the two apart.
-            return pattern.text if pattern.text not in taken else f"{','.join(methods)} {pattern.text}"
-        if not isinstance(name, str) or not name:
-            raise TypeError(f"{where}: name must be a non-empty str, got {name!r}")
-        if name in taken or name in self.backends:
-            raise ValueError(f"{where}: the name {name!r} is taken by another route or backend")
-        return name
 
     # -- looking things up -------------------------------------------------------------------
 
     @overload
-    def handle(self, target: Backend[P, Coroutine[Any, Any, R]]) -> Handle[P, R]: ...
+    def handle(self, target: Served[P, R], *, sync: Literal[False] = ...) -> Handle[P, R]: ...
     @overload
-    def handle(self, target: Backend[P, R]) -> Handle[P, R]: ...
+    def handle(
+        self, target: type[AsyncBatchModel[A, B]], *, sync: Literal[False] = ...
+    ) -> Handle[[A], B]: ...
     @overload
-    def handle(self, target: BatchBackend[A, B, Any]) -> Handle[[A], B]: ...
+    def handle(self, target: type[BatchModel[A, B]], *, sync: Literal[False] = ...) -> Handle[[A], B]: ...
     @overload
-    def handle(self, target: Any, *, sync: Literal[False] = False) -> Handle[..., Any]: ...
+    def handle(self, target: type[AsyncModel[P, R]], *, sync: Literal[False] = ...) -> Handle[P, R]: ...
     @overload
-    def handle(self, target: Any, *, sync: Literal[True]) -> SyncHandle[..., Any]: ...
+    def handle(self, target: type[Model[P, R]], *, sync: Literal[False] = ...) -> Handle[P, R]: ...
+    @overload
+    def handle(self, target: type[Any] | str, *, sync: Literal[False] = ...) -> Handle[..., Any]: ...
+    @overload
+    def handle(self, target: AsyncMethod[P, R], *, sync: Literal[False] = ...) -> Handle[P, R]: ...
+    @overload
+    def handle(self, target: Method[P, R], *, sync: Literal[False] = ...) -> Handle[P, R]: ...
+    @overload
+    def handle(self, target: Served[P, R], *, sync: Literal[True]) -> SyncHandle[P, R]: ...
+    @overload
+    def handle(self, target: type[AsyncBatchModel[A, B]], *, sync: Literal[True]) -> SyncHandle[[A], B]: ...
+    @overload
+    def handle(self, target: type[BatchModel[A, B]], *, sync: Literal[True]) -> SyncHandle[[A], B]: ...
+    @overload
+    def handle(self, target: type[AsyncModel[P, R]], *, sync: Literal[True]) -> SyncHandle[P, R]: ...
+    @overload
+    def handle(self, target: type[Model[P, R]], *, sync: Literal[True]) -> SyncHandle[P, R]: ...
+    @overload
+    def handle(self, target: type[Any] | str, *, sync: Literal[True]) -> SyncHandle[..., Any]: ...
+    @overload
+    def handle(self, target: AsyncMethod[P, R], *, sync: Literal[True]) -> SyncHandle[P, R]: ...
+    @overload
+    def handle(self, target: Method[P, R], *, sync: Literal[True]) -> SyncHandle[P, R]: ...
     def handle(self, target: Any, *, sync: bool = False) -> Any:
         """The handle on a backend or endpoint of this app, for code that runs where the app is served.
 
@@ -348,6 +365,7 @@ class App:
         Raises:
             NotServing: nothing runs.
             KeyError: no backend or endpoint of that name.
+            TypeError: a function or class that is no backend of this app.
         """
         if isinstance(target, str):
             return resolve(self, target, sync=sync)
@@ -364,31 +382,18 @@ class App:
                     f"{where}: no backend {target!r}: {did_you_mean(target, list(self.backends))}"
                 )
             return record, DEFAULT_METHOD
-        found = self._find(target)
+        found = self._find(target, where)
         if found is None:
+            if isinstance(target, BackendRecord):
+                raise TypeError(
+                    f"{where}: {describe(target.target)} is a backend of another app: "
+                    "the route and the backend belong to the same one"
+                )
             raise TypeError(
-                f"{where}: {describe(getattr(target, 'target', target))} is no backend of this app: "
+                f"{where}: {describe(target)} is no backend of this app: "
                 "put @app.backend on it (on its class, for a method)"
             )
         return found
 
-    def _find(self, target: Any) -> tuple[BackendRecord, str] | None:
-        for record in self.backends.values():
-            if record is target or (record.target is target and inspect.isclass(target)):
-                return record, DEFAULT_METHOD
-        name = getattr(target, "__name__", "")
-        for record in self.backends.values():
-            if inspect.isclass(record.target) and name not in ("", *LIFECYCLE):
-                if getattr(record.target, name, None) is target:
-                    return record, name
-        return None
-
-
-def _refuse_class_body(target: Any, decorator: str) -> None:
-    """A function defined in a class body cannot be served: there is no instance to call it on."""
-    outer, _, _ = getattr(target, "__qualname__", "").rpartition(".")
-    if inspect.isfunction(target) and outer and not outer.endswith("<locals>"):
-        raise TypeError(
-            f"{decorator} on the method {target.__qualname__}: put @app.backend on the class and lead a path "
-            f'to the method with app.add_route("/path", {outer.rpartition(".")[2]}.{target.__name__})'
-        )
+    def _find(self, target: Any, where: str) -> tuple[BackendRecord, str] | None:
+        return find_backend(self.backends, target, where)

@@ -8,66 +8,50 @@ from __future__ import annotations
 
 import functools
 import inspect
-import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypedDict, TypeVar, overload
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
 
-from serveit.config import BackendConfig, did_you_mean
 from serveit.context import resolve
+from serveit.declare.target import (
+    Method,
+    check_batch,
+    check_kind,
+    describe,
+    find_method,
+    method_names,
+)
 from serveit.importer import import_from_string
 from serveit.types import DEFAULT_METHOD
 
 if TYPE_CHECKING:
     from serveit.calling.handle import Handle
+    from serveit.config import BackendConfig
     from serveit.declare.app import App
+
+__all__ = [
+    "Backend",
+    "BackendRecord",
+    "BatchBackend",
+    "Method",
+    "find_backend",
+    "make_backend",
+    "registered_already",
+]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
 A = TypeVar("A")
 B = TypeVar("B")
-
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
-LIFECYCLE = ("setup", "reconfigure", "check_health", "aclose", "close")
-"""Methods that serveit calls by itself; they can't be routed to."""
-
-
-class BackendOptions(TypedDict, total=False):
-    """The fields of `BackendConfig` but `max_batch_size`, for type checkers (which choose an overload
-    by that one). A test holds the two together."""
-
-    num_replicas: int
-    batch_wait_timeout_s: float
-    max_concurrent_batches: int
-    batch_methods: Sequence[str]
-    max_ongoing_requests: int | None
-    max_queued_requests: int | None
-    num_threads: int
-    user_config: Any
-    request_timeout_s: float | None
-    graceful_shutdown_timeout_s: float
-
-
-@dataclass(frozen=True)
-class Method:
-    """One callable of a backend, as its replicas run it.
-
-    Attributes:
-        name: `DEFAULT_METHOD` for a function and for a class's `__call__`.
-        function: the function; of a class the plain one, whose first parameter is `self`.
-        of_class: whether that first parameter is there.
-        is_async: a coroutine function or async generator: runs on the event loop.
-        is_generator: its results are streamed.
-        is_batch: called with lists.
-    """
-
-    name: str
-    function: Callable[..., Any]
-    of_class: bool
-    is_async: bool
-    is_generator: bool
-    is_batch: bool
 
 
 class BackendRecord:
@@ -95,10 +79,12 @@ class BackendRecord:
         self.target = target
         self.name = name
         self.config = config
-        self.init_args = tuple(init_args)
+        self.init_args = _as_arguments(init_args, name)
         self.init_kwargs = dict(init_kwargs or {})
+        self._loaded: Callable[..., Any] | None = None
         if not isinstance(target, str):
             check_target(self, target)
+            self._loaded = target
 
     def __repr__(self) -> str:
         return f"<Backend {self.name!r} {describe(self.target)}>"
@@ -110,21 +96,26 @@ class BackendRecord:
             ImportFailed: the import string leads nowhere.
             TypeError, ValueError: what it leads to does not fit the options.
         """
-        if not isinstance(self.target, str):
-            return self.target
-        target = import_from_string(self.target)
-        if isinstance(target, BackendRecord):
-            target = target.load()
-        check_target(self, target)
-        loaded: Callable[..., Any] = target
-        return loaded
+        if self._loaded is None:
+            target = import_from_string(str(self.target))
+            if isinstance(target, BackendRecord):
+                target = target.load()
+            check_target(self, target)
+            self._loaded = target
+        return self._loaded
 
     @property
     def is_async(self) -> bool:
-        """Whether its `__call__` runs on the event loop rather than in a thread."""
+        """Whether its `__call__` runs on the event loop rather than in a thread.
+
+        A class without one goes by its other methods: on the loop if all of them are.
+        """
         target = self.load()
-        call = getattr(target, DEFAULT_METHOD, None) if inspect.isclass(target) else target
-        return inspect.iscoroutinefunction(call) or inspect.isasyncgenfunction(call)
+        names = [DEFAULT_METHOD]
+        if inspect.isclass(target):
+            known = method_names(target)
+            names = [DEFAULT_METHOD] if DEFAULT_METHOD in known else known
+        return bool(names) and all(self.method(name).is_async for name in names)
 
     def method(self, name: str = DEFAULT_METHOD) -> Method:
         """One of the backend's callables.
@@ -143,10 +134,17 @@ class Backend(BackendRecord, Generic[P, R]):
     With nothing running they raise `NotServing`.
     """
 
-    def __init__(self, app: App, target: Callable[P, R] | str, name: str, config: BackendConfig) -> None:
-        super().__init__(app, target, name, config)
-        if not isinstance(target, str):
-            functools.update_wrapper(self, target)
+    def __init__(
+        self,
+        app: App,
+        target: Callable[P, R] | str,
+        name: str,
+        config: BackendConfig,
+        init_args: Sequence[Any] = (),
+        init_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        _look_like(self, target)
+        super().__init__(app, target, name, config, init_args, init_kwargs)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         result: R = self.load()(*args, **kwargs)
@@ -187,7 +185,13 @@ class Backend(BackendRecord, Generic[P, R]):
         """Call a replica once per item. See `Handle.map`."""
         return self._handle.map(items, max_in_flight=max_in_flight, ordered=ordered)
 
-    def options(self, **changes: Any) -> Handle[P, Any]:
+    @overload
+    def options(self: Backend[P, Coroutine[Any, Any, T]], **changes: Any) -> Handle[P, T]: ...
+
+    @overload
+    def options(self, **changes: Any) -> Handle[P, R]: ...
+
+    def options(self, **changes: Any) -> Any:
         """The backend's handle with other options. See `Handle.options`."""
         return self._handle.options(**changes)
 
@@ -198,11 +202,10 @@ class BatchBackend(BackendRecord, Generic[A, B, R]):
     def __init__(
         self, app: App, target: Callable[[list[A]], R] | str, name: str, config: BackendConfig
     ) -> None:
+        _look_like(self, target)
         super().__init__(app, target, name, config)
-        if not isinstance(target, str):
-            functools.update_wrapper(self, target)
 
-    def __call__(self, items: list[A]) -> R:
+    def __call__(self, items: list[A], /) -> R:
         result: R = self.load()(items)
         return result
 
@@ -211,11 +214,11 @@ class BatchBackend(BackendRecord, Generic[A, B, R]):
         handle: Handle[[A], B] = resolve(self.app, self.name)
         return handle
 
-    def call(self, item: A) -> Coroutine[Any, Any, B]:
+    def call(self, item: A, /) -> Coroutine[Any, Any, B]:
         """Put one item into a replica's next batch and await its result. See `Handle.call`."""
         return self._handle.call(item)
 
-    def remote(self, item: A) -> Awaitable[Any]:
+    def remote(self, item: A, /) -> Awaitable[Any]:
         """Put one item into a batch and await a `ray.ObjectRef`. See `Handle.remote`."""
         return self._handle.remote(item)
 
@@ -228,23 +231,48 @@ class BatchBackend(BackendRecord, Generic[A, B, R]):
         return self._handle.options(**changes)
 
 
-def describe(target: Any) -> str:
-    """How messages name a function, class or import string."""
+def make_backend(
+    app: App,
+    target: Any,
+    name: str,
+    config: BackendConfig,
+    init_args: Sequence[Any] = (),
+    init_kwargs: Mapping[str, Any] | None = None,
+) -> BackendRecord:
+    """The record for a target: what is called by its function is a `Backend` or `BatchBackend`."""
+    if inspect.isclass(target):
+        return BackendRecord(app, target, name, config, init_args, init_kwargs)
     if isinstance(target, str):
-        return repr(target)
-    return f"{getattr(target, '__module__', '?')}.{getattr(target, '__qualname__', repr(target))}"
+        return Backend(app, target, name, config, init_args, init_kwargs)
+    if init_args or init_kwargs:
+        raise TypeError(_no_arguments(f"backend {name!r}", target))
+    return (Backend if config.max_batch_size is None else BatchBackend)(app, target, name, config)
 
 
-def check_name(name: Any, where: str) -> str:
-    """The name, if it is one that URLs, metrics and logs can carry."""
-    if not isinstance(name, str):
-        raise TypeError(f"{where}: name must be a str, got {name!r}")
-    if not _NAME.fullmatch(name):
-        hint = "; give name=" if name == "<lambda>" else ""
-        raise ValueError(
-            f"{where}: the name {name!r} may have only letters, digits, '_', '-', '.', a letter first{hint}"
+def find_backend(
+    backends: Mapping[str, BackendRecord], target: Any, where: str
+) -> tuple[BackendRecord, str] | None:
+    """The backend, and the name of its method, that a function, class or method means.
+
+    Raises:
+        TypeError: a method that several classes share by inheritance; nothing tells which is meant.
+    """
+    for record in backends.values():
+        if record is target or record.target is target:
+            return record, DEFAULT_METHOD
+    name = getattr(target, "__name__", "")
+    found = [
+        record
+        for record in backends.values()
+        if name and inspect.isclass(record.target) and _is_same(getattr(record.target, name, None), target)
+    ]
+    if len({record.target for record in found}) > 1:
+        names = " and ".join(repr(record.name) for record in found)
+        raise TypeError(
+            f"{where}: {describe(target)} is a method of the backends {names}: say which one by its name "
+            f"and method_name={name!r}"
         )
-    return name
+    return (found[0], name) if found else None
 
 
 def check_target(record: BackendRecord, target: Any) -> None:
@@ -252,21 +280,15 @@ def check_target(record: BackendRecord, target: Any) -> None:
 
     Raises:
         TypeError: the target, or an option, does not fit what it is.
-        ValueError: a name in the options leads nowhere.
     """
     where = f"backend {record.name!r}"
     config = record.config
-    if not callable(target):
-        raise TypeError(f"{where}: expected a function, a class or 'module:attribute', got {target!r}")
-    if not inspect.isclass(target):
-        if not inspect.isroutine(target):
-            raise TypeError(
-                f"{where}: {target!r} is an instance; give its class, and init_args= for the constructor"
-            )
+    check_kind(target, where)
+    if inspect.isclass(target):
+        _check_constructor(record, target, where)
+    else:
         if record.init_args or record.init_kwargs:
-            raise TypeError(
-                f"{where}: init_args and init_kwargs are for classes; {describe(target)} is a function"
-            )
+            raise TypeError(_no_arguments(where, target))
         if config.batch_methods != (DEFAULT_METHOD,):
             raise ValueError(f"{where}: batch_methods are for classes; {describe(target)} is a function")
     if config.user_config is not None and not callable(getattr(target, "reconfigure", None)):
@@ -276,64 +298,68 @@ def check_target(record: BackendRecord, target: Any) -> None:
         )
     if config.max_batch_size is not None:
         for name in config.batch_methods:
-            _check_batch(find_method(target, name, config, record.name), where)
+            check_batch(_batch_method(target, name, record), where)
 
 
-def find_method(target: Callable[..., Any], name: str, config: BackendConfig, backend: str) -> Method:
-    """The `Method` of a function or class.
-
-    Raises:
-        AttributeError: there is none of that name that may be called.
-    """
-    if not inspect.isclass(target):
-        if name != DEFAULT_METHOD:
-            raise AttributeError(f"backend {backend!r} is a function and has no method {name!r}")
-        return _method(name, target, False, config)
-    function = inspect.getattr_static(target, name, None)
-    of_class = not isinstance(function, (staticmethod, classmethod))
-    plain = getattr(target, name, None)
-    if (name.startswith("_") and name != DEFAULT_METHOD) or not callable(plain):
-        raise AttributeError(
-            f"backend {backend!r} has no method {name!r}: {did_you_mean(name, method_names(target))}"
+def registered_already(backend: BackendRecord, app: App) -> TypeError:
+    """What to say to `@app.backend` on a backend."""
+    what = describe(backend.target)
+    if backend.app is not app:
+        return TypeError(
+            f"{what} is backend {backend.name!r} of another app: leave its decorator out, and register "
+            "the function with both apps by app.backend(function)"
         )
-    return _method(name, plain, of_class, config)
+    if any(backend.name in dict(route.traffic.weights) for route in app.routes):
+        return TypeError(
+            f"{what} is backend {backend.name!r} already: write @app.route above @app.backend, not below it"
+        )
+    return TypeError(f"{what} is backend {backend.name!r} already: one @app.backend is enough")
 
 
-def method_names(target: type[Any]) -> list[str]:
-    """The methods of a class that may be called from outside."""
-    return [
-        name
-        for name, value in inspect.getmembers(target, inspect.isroutine)
-        if name == DEFAULT_METHOD or not (name.startswith("_") or name in LIFECYCLE)
-        if getattr(value, "__objclass__", None) is not type
-    ]
+def _look_like(wrapper: Any, target: Any) -> None:
+    """Take over the function's name, text and signature. First of all: its attributes may be called
+    as ours are, and ours have to win."""
+    if not isinstance(target, str):
+        functools.update_wrapper(wrapper, target)
 
 
-def _method(name: str, function: Callable[..., Any], of_class: bool, config: BackendConfig) -> Method:
-    plain = inspect.unwrap(function)
-    is_asyncgen = inspect.isasyncgenfunction(function) or inspect.isasyncgenfunction(plain)
-    return Method(
-        name=name,
-        function=function,
-        of_class=of_class,
-        is_async=inspect.iscoroutinefunction(function) or is_asyncgen,
-        is_generator=is_asyncgen or inspect.isgeneratorfunction(function),
-        is_batch=config.max_batch_size is not None and name in config.batch_methods,
-    )
+def _is_same(attribute: Any, target: Any) -> bool:
+    """Class methods are made anew at each access."""
+    return attribute is target or (inspect.ismethod(target) and bool(attribute == target))
 
 
-def _check_batch(method: Method, where: str) -> None:
-    what = f"{where}: {describe(method.function)}"
-    if method.is_generator:
+def _as_arguments(init_args: Any, name: str) -> tuple[Any, ...]:
+    if isinstance(init_args, (str, bytes)) or not isinstance(init_args, Iterable):
         raise TypeError(
-            f"{what} is a generator; a batch function returns one result per item (max_batch_size)"
+            f"backend {name!r}: init_args must be a tuple or list of arguments, got {init_args!r}: "
+            f"write init_args=({init_args!r},)"
         )
-    parameters = list(inspect.signature(method.function).parameters.values())[method.of_class :]
-    required = [parameter for parameter in parameters if parameter.default is parameter.empty]
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    if not parameters or parameters[0].kind not in kinds or len(required) > 1 or len(parameters) > 1:
-        names = ", ".join(map(str, parameters)) or "none"
+    return tuple(init_args)
+
+
+def _no_arguments(where: str, target: Any) -> str:
+    return f"{where}: init_args and init_kwargs are for classes; {describe(target)} is a function"
+
+
+def _check_constructor(record: BackendRecord, target: type[Any], where: str) -> None:
+    try:
+        signature = inspect.signature(target)
+    except (ValueError, TypeError):  # written in C, or told by nobody
+        return
+    try:
+        signature.bind(*record.init_args, **record.init_kwargs)
+    except TypeError as error:
         raise TypeError(
-            f"{what} is called with batches (max_batch_size) and must take exactly one parameter, "
-            f"`items: list[T]`; it takes {names}"
-        )
+            f"{where}: {describe(target)} cannot be constructed: {error}; "
+            "its arguments are init_args=(...) and init_kwargs={...}"
+        ) from None
+
+
+def _batch_method(target: Any, name: str, record: BackendRecord) -> Method:
+    try:
+        return find_method(target, name, record.config, record.name)
+    except AttributeError as error:
+        way_out = ""
+        if record.config.batch_methods == (DEFAULT_METHOD,):
+            way_out = " (max_batch_size is for batch_methods, by default `__call__`)"
+        raise TypeError(f"{error}{way_out}") from None

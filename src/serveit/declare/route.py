@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -48,3 +48,33 @@ def check_methods(methods: Collection[str], where: str) -> tuple[str, ...]:
     if "GET" in upper:
         upper.add("HEAD")
     return tuple(sorted(upper))
+
+
+def refuse_equal(pattern: Pattern, methods: tuple[str, ...], routes: Sequence[Route], where: str) -> None:
+    """ValueError if a route takes the same paths (names of parameters aside) and one of the methods."""
+    for route in routes:
+        shared = [method for method in route.methods if method in methods]
+        if route.pattern.shape == pattern.shape and shared:
+            raise ValueError(
+                f"{where} is equal to {route.pattern.text!r}, which takes {', '.join(shared)} already: "
+                "give it other methods= or another path, or lead one route to both with traffic="
+            )
+
+
+def endpoint_name(
+    name: str | None, pattern: Pattern, methods: tuple[str, ...], taken: Collection[str], where: str
+) -> str:
+    """The endpoint's name: as given, else the path, with the methods where the path is taken.
+
+    Raises:
+        TypeError: it is no str, or empty.
+        ValueError: it is taken.
+    """
+    if name is None:
+        # A second route on the same path has other methods: they tell the two apart.
+        name = pattern.text if pattern.text not in taken else f"{','.join(methods)} {pattern.text}"
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"{where}: name must be a non-empty str, got {name!r}")
+    if name in taken:
+        raise ValueError(f"{where}: the name {name!r} is taken by a route or backend: choose another name=")
+    return name

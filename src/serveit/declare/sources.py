@@ -6,6 +6,7 @@ values. Hot path: each once per request.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
@@ -205,9 +206,17 @@ def starlette_request(
 
 
 def _receive(body: bytes) -> Callable[[], Awaitable[dict[str, Any]]]:
+    """ASGI's `receive`: the body, then nothing ever. A client that goes away has the whole request
+    cancelled, so it is here for as long as somebody asks (`Request.is_disconnected`)."""
+    from anyio.lowlevel import checkpoint_if_cancelled
+
     messages = iter([{"type": "http.request", "body": body, "more_body": False}])
 
     async def receive() -> dict[str, Any]:
-        return next(messages, {"type": "http.disconnect"})
+        await checkpoint_if_cancelled()  # is_disconnected() asks with a cancelled scope: not for the body
+        message = next(messages, None)
+        if message is None:
+            message = await asyncio.get_running_loop().create_future()
+        return message
 
     return receive

@@ -12,9 +12,11 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from serveit.exceptions import BatchError
+from serveit.exceptions import BatchError, ItemErrors
 
 if TYPE_CHECKING:
+    from contextvars import Context
+
     from serveit.types import Clock, Timer
 
 E = TypeVar("E")
@@ -45,6 +47,7 @@ class Batcher(Generic[E]):
         max_concurrent: int,
         clock: Clock,
         wanted: Callable[[E], bool],
+        context: Context | None = None,
     ) -> None:
         """
         Args:
@@ -54,6 +57,7 @@ class Batcher(Generic[E]):
             max_concurrent: batches at once.
             clock: where time comes from.
             wanted: asked for each item when its batch is formed; those not wanted are left out.
+            context: each batch runs in a copy of it; None for whatever context formed the batch.
         """
         self.max_size = max_size
         self.wait_s = wait_s
@@ -61,10 +65,15 @@ class Batcher(Generic[E]):
         self._run = run
         self._clock = clock
         self._wanted = wanted
+        self._context = context
         self._queue: deque[tuple[E, float]] = deque()
         self._running: set[asyncio.Task[None]] = set()
         self._timer: Timer | None = None
         self._scheduled = False
+
+    def __repr__(self) -> str:
+        running = f"running={len(self._running)}/{self.max_concurrent}"
+        return f"<Batcher gathering={len(self._queue)}/{self.max_size} {running}>"
 
     def statistics(self) -> BatcherStatistics:
         return BatcherStatistics(gathering=len(self._queue), batches_running=len(self._running))
@@ -77,14 +86,19 @@ class Batcher(Generic[E]):
     def discard(self, item: E) -> None:
         """Forget an item that has not gone into a batch yet."""
         self._queue = deque(entry for entry in self._queue if entry[0] is not item)
+        if not self._queue:
+            self._stop_timer()
 
     def adjust(self, *, max_size: int, wait_s: float, max_concurrent: int) -> None:
         """Change the options while it runs; what is queued follows the new ones."""
         self.max_size, self.wait_s, self.max_concurrent = max_size, wait_s, max_concurrent
         self._schedule()
 
-    def close(self) -> None:
-        """Stop the timer; batches that run go on."""
+    def hurry(self) -> None:
+        """Wait for no more items: nobody will send any."""
+        self.adjust(max_size=self.max_size, wait_s=0.0, max_concurrent=self.max_concurrent)
+
+    def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -96,7 +110,7 @@ class Batcher(Generic[E]):
 
     def _form(self) -> None:
         self._scheduled = False
-        self.close()
+        self._stop_timer()
         while self._queue and len(self._running) < self.max_concurrent:
             missing_s = self._queue[0][1] + self.wait_s - self._clock.time()
             if len(self._queue) < self.max_size and missing_s > 0:
@@ -104,7 +118,8 @@ class Batcher(Generic[E]):
                 return
             batch = self._take()
             if batch:
-                task = asyncio.get_running_loop().create_task(self._run_batch(batch))
+                context = self._context.copy() if self._context is not None else None
+                task = asyncio.get_running_loop().create_task(self._run_batch(batch), context=context)
                 self._running.add(task)
                 task.add_done_callback(self._finished)
 
@@ -129,6 +144,7 @@ def batch_outcomes(value: Any, count: int, backend: str) -> Sequence[Any]:
 
     Raises:
         BatchError: it is no sequence, or of another length; both are named.
+        Exception: what its own code raises when it is made a list.
     """
     sized = hasattr(value, "__len__") and hasattr(value, "__iter__")
     if not sized or isinstance(value, (str, bytes, bytearray, Mapping, Set)):
@@ -136,8 +152,19 @@ def batch_outcomes(value: Any, count: int, backend: str) -> Sequence[Any]:
             f"batch function of backend {backend!r} must return a list with one result per item, "
             f"got {type(value).__name__}"
         )
-    if len(value) != count:
+    outcomes = list(value)
+    if len(outcomes) != count:
         raise BatchError(
-            f"batch function of backend {backend!r} got {count} items and returned {len(value)} results"
+            f"batch function of backend {backend!r} got {count} items and returned {len(outcomes)} results"
         )
-    return list(value)
+    return outcomes
+
+
+def failed_outcomes(error: BaseException, count: int, backend: str) -> Sequence[Any]:
+    """What a batch function raised as one outcome per item: `ItemErrors` has one each, the rest fails all."""
+    if isinstance(error, ItemErrors):
+        try:
+            return batch_outcomes(error.outcomes, count, backend)
+        except BatchError as wrong:
+            error = wrong
+    return [error] * count

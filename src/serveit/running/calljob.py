@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from serveit.running.failures import failure_of
@@ -15,15 +16,16 @@ if TYPE_CHECKING:
     from serveit.declare.backend import Method
     from serveit.running.reply import Reply
 
+logger = logging.getLogger("serveit.replica")
+
 
 class CallJob(Job):
     """A CALL under way in its replica."""
 
-    __slots__ = ("_body", "_sizes", "reply")
+    __slots__ = ("_body", "_sizes")
 
     def __init__(self, lane: Lane, call: Call, body: bytes, deadline: float | None, reply: Reply) -> None:
-        super().__init__(lane, call.target, call.request_id, deadline)
-        self.reply = reply
+        super().__init__(lane, call.target, call.request_id, deadline, reply)
         self._sizes = call.sizes
         self._body: bytes = body
 
@@ -36,15 +38,6 @@ class CallJob(Job):
                 f"not {len(args)} positional and {len(kwargs)} keyword arguments"
             )
         return args, kwargs
-
-    def queued(self) -> None:
-        self.reply.queued()
-
-    def started(self) -> None:
-        self.reply.started()
-
-    def refuse(self, reason: str) -> None:
-        self.reply.refuse(reason)
 
     def is_whole(self, value: Any) -> bool:
         return True
@@ -67,6 +60,18 @@ class CallJob(Job):
             self.reply.begin(CallAnswer(self.reply.others(), []), STREAM)
         self.reply.finish()
 
+    async def deliver(self, value: Any) -> None:
+        raise AssertionError("unreachable: every value is whole")
+
     def fail(self, error: BaseException) -> None:
+        """Send the error as it is, if it can be raised in the caller; else what it was, as text.
+
+        SystemExit would end the caller, a CancelledError would look like its own cancellation, and
+        a StopIteration cannot be raised through futures.
+        """
         failure = failure_of(error, others=self.reply.others(), in_user_code=self.in_user_code)
-        self.reply.error(failure, dump_exception(error, MAX_INLINE))
+        raisable = isinstance(error, Exception) and not isinstance(error, (StopIteration, StopAsyncIteration))
+        self.reply.error(failure, dump_exception(error, MAX_INLINE) if raisable else b"")
+        logger.debug(
+            "%s failed (request %s): %s: %s", self.target, self.request_id, failure.kind, failure.text
+        )

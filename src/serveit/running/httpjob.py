@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from serveit.declare.binding import Binding, plan_binding
 from serveit.declare.encoding import ChunkEncoder, encode_result, needs_asgi
 from serveit.declare.routing import compile_pattern
 from serveit.declare.sources import asgi_scope
 from serveit.exceptions import ServeitError
-from serveit.running.failures import failure_of, user_traceback
+from serveit.running.failures import failure_of, status_of, user_traceback
 from serveit.running.job import Job, Lane
 from serveit.wire.frames import HttpAnswer, Request
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, MutableMapping
 
     from serveit.declare.backend import BackendRecord, Method
+    from serveit.declare.routing import Pattern
     from serveit.running.reply import Reply
     from serveit.types import HttpRequest
 
@@ -31,6 +32,7 @@ class Bindings:
     def __init__(self, backend: BackendRecord) -> None:
         self._backend = backend
         self._known: dict[tuple[str, str], Binding] = {}
+        self._patterns: dict[str, Pattern] = {}
 
     def prepare(self) -> None:
         """Plan those of the routes that the app has.
@@ -51,7 +53,7 @@ class Bindings:
         if found is None:
             found = self._known[key] = plan_binding(
                 method.function,
-                pattern=compile_pattern(route),
+                pattern=self._pattern(route),
                 methods=methods,
                 batch=method.is_batch,
                 drop_first=method.of_class,
@@ -59,11 +61,21 @@ class Bindings:
             )
         return found
 
+    def path_params(self, http: HttpRequest) -> dict[str, Any]:
+        """The path's values, converted, by name."""
+        return self._pattern(http.route).convert(http.path_values)
+
+    def _pattern(self, route: str) -> Pattern:
+        pattern = self._patterns.get(route)
+        if pattern is None:
+            pattern = self._patterns[route] = compile_pattern(route)
+        return pattern
+
 
 class HttpJob(Job):
     """A REQUEST under way in its replica."""
 
-    __slots__ = ("_bindings", "_body", "http", "reply")
+    __slots__ = ("_bindings", "_body", "http")
 
     def __init__(
         self,
@@ -74,9 +86,8 @@ class HttpJob(Job):
         reply: Reply,
         bindings: Bindings,
     ) -> None:
-        super().__init__(lane, request.http.target, request.request_id, deadline)
+        super().__init__(lane, request.http.target, request.request_id, deadline, reply)
         self.http: HttpRequest = request.http
-        self.reply = reply
         self._body = body
         self._bindings = bindings
 
@@ -85,26 +96,18 @@ class HttpJob(Job):
         body, self._body = self._body, b""
         return binding.bind(self.http, body)
 
-    def queued(self) -> None:
-        self.reply.queued()
-
-    def started(self) -> None:
-        self.reply.started()
-
-    def refuse(self, reason: str) -> None:
-        self.reply.refuse(reason)
-
     def is_whole(self, value: Any) -> bool:
         return not needs_asgi(value)
 
     def answer(self, value: Any) -> None:
         status, headers, body = encode_result(value)
-        self.reply.whole(HttpAnswer(self.reply.others(), status, headers), (body,), len(body))
+        self.reply.whole(HttpAnswer(self.reply.others(), int(status), headers), (body,), len(body))
 
     async def deliver(self, value: Any) -> None:
         """Run a Starlette response as the ASGI app that it is."""
         sender = _AsgiSender(self.reply)
-        await value(asgi_scope(self.http, {}), _never, sender.send)
+        await value(asgi_scope(self.http, self._bindings.path_params(self.http)), _never, sender.send)
+        sender.check_complete()
 
     async def stream(self, items: AsyncIterator[Any]) -> None:
         encoder = ChunkEncoder()
@@ -125,16 +128,26 @@ class HttpJob(Job):
         self.reply.begin(head)
 
     def fail(self, error: BaseException) -> None:
-        failure = failure_of(error, others=self.reply.others(), in_user_code=self.in_user_code)
-        if failure.status == 500:
+        """Send the error, and log what is nobody's but the user code's fault: what answers 500."""
+        is_fault = status_of(error) == 500
+        failure = failure_of(
+            error, others=self.reply.others(), in_user_code=self.in_user_code, traced=is_fault
+        )
+        self.reply.error(failure)
+        if is_fault and not self._is_reported(error):
             logger.error(
                 "%s %s failed (request %s)\n%s",
                 self.http.method,
                 self.http.route,
                 self.request_id,
-                user_traceback(error).rstrip(),
+                (failure.traceback or user_traceback(error)).rstrip(),
             )
-        self.reply.error(failure)
+
+    def _is_reported(self, error: BaseException) -> bool:
+        if self.batch is None:
+            return False
+        reported, self.batch.reported = self.batch.reported, error
+        return reported is error
 
 
 class _AsgiSender:
@@ -143,15 +156,34 @@ class _AsgiSender:
     def __init__(self, reply: Reply) -> None:
         self._reply = reply
         self._head: HttpAnswer | None = None
+        self._expected = "http.response.start"
 
     async def send(self, message: MutableMapping[str, Any]) -> None:
-        if message["type"] == "http.response.start":
+        """One ASGI message.
+
+        Raises:
+            ServeitError: it is not the one that comes next.
+        """
+        kind = message["type"]
+        if kind != self._expected:
+            expected = f"{self._expected!r} comes next" if self._expected else "its body is complete"
+            raise ServeitError(f"a response sent the ASGI message {kind!r}, but {expected}", executed="yes")
+        if kind == "http.response.start":
             headers = [(bytes(name).lower(), bytes(value)) for name, value in message.get("headers", ())]
-            self._head = HttpAnswer(self._reply.others(), message["status"], headers)
-        elif message["type"] == "http.response.body":
-            await self._body(bytes(message.get("body", b"")), message.get("more_body", False))
-        else:
-            raise ServeitError(f"a response sent the ASGI message {message['type']!r}", executed="yes")
+            self._head = HttpAnswer(self._reply.others(), int(message["status"]), headers)
+            self._expected = "http.response.body"
+            return
+        more = message.get("more_body", False)
+        if not more:
+            self._expected = ""
+        await self._body(bytes(message.get("body", b"")), more)
+
+    def check_complete(self) -> None:
+        """Raises ServeitError if the response returned before the end of its body."""
+        if self._expected:
+            raise ServeitError(
+                f"a response returned too early: {self._expected!r} should have come next", executed="yes"
+            )
 
     async def _body(self, body: bytes, more: bool) -> None:
         head, self._head = self._head, None
@@ -166,7 +198,6 @@ class _AsgiSender:
             self._reply.finish()
 
 
-async def _never() -> NoReturn:
+async def _never() -> Any:
     """ASGI's `receive` after the body: a client that goes away cancels the whole task instead."""
-    await asyncio.get_running_loop().create_future()
-    raise AssertionError("unreachable")
+    return await asyncio.get_running_loop().create_future()

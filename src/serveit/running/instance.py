@@ -49,35 +49,50 @@ class Instance:
         Raises:
             Exception: whatever the user's code raised.
         """
-        target = self.backend.load()
+        target = await self._run("the import", self.backend.load, on_loop=True)
         if inspect.isclass(target):
             make = partial(target, *self.backend.init_args, **self.backend.init_kwargs)
-            self._object = make() if self.backend.is_async else await self.in_thread(make)
+            self._object = await self._run("__init__()", make, on_loop=self.backend.is_async)
             setup = getattr(self._object, "setup", None)
             if setup is not None:
-                await self._run(setup)
+                await self._run("setup()", setup)
         if self.backend.config.user_config is not None:
             await self.reconfigure(self.backend.config.user_config)
         await self.check_health()
 
     async def reconfigure(self, user_config: Any) -> None:
-        """Hand a new `user_config` to the object."""
-        await self._run(self._object.reconfigure, user_config)
+        """Hand a new `user_config` to the object.
+
+        Raises:
+            TypeError: it has no method for that.
+            Exception: whatever the user's code raised.
+        """
+        reconfigure = getattr(self._object, "reconfigure", None)
+        if reconfigure is None:
+            raise TypeError(
+                f"backend {self.backend.name!r} takes no user_config: "
+                "it needs a class with a method `reconfigure(self, user_config)`"
+            )
+        await self._run("reconfigure()", partial(reconfigure, user_config))
 
     async def check_health(self) -> None:
         """Run the user's `check_health`, if there is one. What it raises means: unhealthy."""
         check = getattr(self._object, "check_health", None)
         if check is not None:
-            await self._run(check)
+            await self._run("check_health()", check)
 
     async def aclose(self) -> None:
-        """Let the object clean up (`aclose`, else `close`), and end the threads."""
-        cleanup = getattr(self._object, "aclose", None) or getattr(self._object, "close", None)
+        """Let the object clean up (`aclose`, else `close`); what that raises is logged."""
+        name = "aclose" if hasattr(self._object, "aclose") else "close"
+        cleanup = getattr(self._object, name, None)
         if cleanup is not None:
             try:
-                await self._run(cleanup)
+                await self._run(f"{name}()", cleanup)
             except Exception:
-                logger.exception("%s() of backend %r raised", cleanup.__name__, self.backend.name)
+                logger.exception("%s() of backend %r raised", name, self.backend.name)
+
+    def end_threads(self) -> None:
+        """Take no more calls for the threads. A function that runs in one goes on: it can't be stopped."""
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     def method(self, name: str) -> tuple[Method, Callable[..., Any]]:
@@ -98,42 +113,82 @@ class Instance:
     async def call(self, method: Method, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call it where it belongs; a generator comes back unstarted."""
         if method.is_generator:
-            return function(*args, **kwargs)
-        if method.is_async:
+            value = function(*args, **kwargs)
+        elif method.is_async:
             return await function(*args, **kwargs)
-        value = await self.in_thread(partial(function, *args, **kwargs))
+        else:
+            value = await self.in_thread(partial(function, *args, **kwargs))
         return await value if inspect.isawaitable(value) else value
 
     async def iterate(self, items: Iterator[Any]) -> AsyncIterator[Any]:
-        """A plain generator as an async one: each `next` runs in the threads."""
+        """A plain generator as an async one: each `next` runs in the threads.
+
+        All steps share one context, as they would in one thread.
+        """
+        context = contextvars.copy_context()
         try:
-            while (item := await self.in_thread(partial(next, items, _END))) is not _END:
+            while (item := await self.in_thread(partial(next, items, _END), context)) is not _END:
                 yield item
         finally:
             close = getattr(items, "close", None)
             if close is not None:
-                await self.in_thread(close)
+                await self.in_thread(close, context, must_run=True)
 
-    async def in_thread(self, function: Callable[[], Any]) -> Any:
-        """Run `function` in the object's threads with the context copied.
+    async def in_thread(
+        self,
+        function: Callable[[], Any],
+        context: contextvars.Context | None = None,
+        *,
+        must_run: bool = False,
+    ) -> Any:
+        """Run `function` in the object's threads.
 
         A thread cannot be stopped: once the function runs, a cancelled caller is let go only when it
         has returned, so that its slot stays counted.
+
+        Args:
+            function: what to run.
+            context: to run it in; None for a copy of the caller's.
+            must_run: it is not to be left out where the caller is cancelled before a thread is free.
         """
-        work = self._executor.submit(contextvars.copy_context().run, function)
+        context = context or contextvars.copy_context()
+        work = self._executor.submit(context.run, _returning, function)
         future = asyncio.wrap_future(work)
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
-            if not work.cancel():
+            if must_run or not work.cancel():
                 await _outlast(future)
             raise
 
-    async def _run(self, function: Callable[..., Any], *args: Any) -> None:
-        if inspect.iscoroutinefunction(function):
-            await function(*args)
-        else:
-            await self.in_thread(partial(function, *args))
+    async def _run(self, what: str, function: Callable[[], Any], *, on_loop: bool = False) -> Any:
+        """Run a piece of the user's code that no request asked for.
+
+        Raises:
+            RuntimeError: it raised what must not leave it: SystemExit and KeyboardInterrupt would end
+                the event loop, a CancelledError of its own would look like a cancellation.
+            Exception: whatever else it raised.
+        """
+        try:
+            if on_loop:
+                return function()
+            if inspect.iscoroutinefunction(function):
+                return await function()
+            value = await self.in_thread(function)
+            return await value if inspect.isawaitable(value) else value
+        except (SystemExit, KeyboardInterrupt, asyncio.CancelledError) as error:
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+                raise
+            raise RuntimeError(f"{what} of backend {self.backend.name!r} raised {error!r}") from error
+
+
+def _returning(function: Callable[[], Any]) -> Any:
+    """Call it in its thread. A future cannot carry StopIteration; generators turn it into the same."""
+    try:
+        return function()
+    except StopIteration as error:
+        raise RuntimeError("the function raised StopIteration") from error
 
 
 async def _outlast(future: asyncio.Future[Any]) -> None:

@@ -5,16 +5,22 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections import deque
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Protocol
 
+from serveit.declare.encoding import is_stream
+from serveit.exceptions import BatchError
+
 if TYPE_CHECKING:
     import asyncio
-    from collections import deque
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
 
     from serveit.declare.backend import Method
-    from serveit.running.replica import BatchRun
+    from serveit.exceptions import ServeitError
+    from serveit.running.reply import Reply
 
 
 class JobState(IntEnum):
@@ -23,10 +29,11 @@ class JobState(IntEnum):
     WAITING = 0
     """In the waiting room."""
     GATHERING = 1
-    """Has a slot; its batch is not formed yet."""
+    """Has a slot; its batch does not run yet."""
     RUNNING = 2
     """User code may be running."""
     DONE = 3
+    """Its last word is said; of a large answer some octets may still be going out."""
 
 
 class Lane(Protocol):
@@ -36,40 +43,99 @@ class Lane(Protocol):
     running: int
 
 
-class Job:
+class WaitingRoom:
+    """Jobs that wait for a slot: lanes take turns, each lane's jobs in their order.
+
+    All mutable state: each lane's `waiting`, `_rotation` (lanes with waiting jobs, next first) and
+    `_count` (jobs in them).
+    """
+
+    def __init__(self) -> None:
+        self._rotation: deque[Lane] = deque()
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, job: Job) -> None:
+        if not job.lane.waiting:
+            self._rotation.append(job.lane)
+        job.lane.waiting.append(job)
+        self._count += 1
+
+    def remove(self, job: Job) -> None:
+        job.lane.waiting.remove(job)
+        self._count -= 1
+        if not job.lane.waiting:
+            self._rotation.remove(job.lane)
+
+    def pop(self) -> Job:
+        """The one whose turn it is. Raises IndexError if nobody waits."""
+        lane = self._rotation.popleft()
+        job = lane.waiting.popleft()
+        self._count -= 1
+        if lane.waiting:
+            self._rotation.append(lane)
+        return job
+
+
+@dataclass
+class BatchRun:
+    """A batch that runs: how many of its jobs are still wanted, and what was logged of it."""
+
+    task: asyncio.Task[None] | None
+    wanted: int
+    reported: BaseException | None = None
+    """A failure of the whole batch is logged once, not once per item."""
+
+
+def latest_deadline(jobs: Sequence[Job]) -> float | None:
+    """When all of them have given up; None for never."""
+    deadlines = [job.deadline for job in jobs if job.deadline is not None]
+    return max(deadlines) if len(deadlines) == len(jobs) else None
+
+
+class Job(ABC):
     """The replica's side of one request. Subclasses know what it came as and how it is answered.
 
-    Exactly one of `answer`, `stream` (to its end), `fail` and `refuse` ends it.
+    Exactly one of `answer`, `deliver` and `stream` (to their ends), `fail` and `refuse` ends it.
     """
 
     __slots__ = (
         "admitted_at",
         "batch",
-        "cancelled",
         "deadline",
         "entered",
+        "given_up",
         "in_user_code",
         "item",
         "lane",
+        "reply",
         "request_id",
         "state",
         "target",
         "task",
     )
 
-    def __init__(self, lane: Lane, target: str, request_id: str, deadline: float | None) -> None:
+    def __init__(
+        self, lane: Lane, target: str, request_id: str, deadline: float | None, reply: Reply
+    ) -> None:
         self.lane = lane
         self.target = target
         self.request_id = request_id
         self.deadline = deadline
+        self.reply = reply
         self.state = JobState.WAITING
         self.admitted_at = 0.0
         self.task: asyncio.Task[None] | None = None
         self.batch: BatchRun | None = None
         self.item: Any = None
-        self.cancelled = False
+        self.given_up: ServeitError | None = None
+        """Why it need not go on: its caller cancelled it, or the replica stops."""
         self.entered = False
+        """Whether its task has had its first step: before that a cancelled task just vanishes."""
         self.in_user_code = False
+        """Whether the user's function has been called: then it counts as executed."""
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.request_id} {self.target} {self.state.name}>"
@@ -78,36 +144,58 @@ class Job:
     def is_done(self) -> bool:
         return self.state == JobState.DONE
 
-    def arguments(self, method: Method) -> tuple[Any, Any]:
-        """Positional and keyword arguments for the method. Raises what is wrong with the request."""
-        raise NotImplementedError
+    def check_wanted(self) -> None:
+        """Raise what it was given up for, if it was."""
+        if self.given_up is not None:
+            raise self.given_up
+
+    @property
+    def is_sending(self) -> bool:
+        """Whether octets of its answer wait for the reader to take those before them."""
+        return self.reply.is_sending
 
     def queued(self) -> None:
         """It is in the waiting room: not executed yet."""
+        self.reply.queued()
 
     def started(self) -> None:
         """It left the waiting room; written out before the first line of user code runs."""
+        self.reply.started()
 
     def refuse(self, reason: str) -> None:
         """It was not and will not be executed here."""
-        raise NotImplementedError
+        self.reply.refuse(reason)
 
+    def abort(self, error: ServeitError) -> None:
+        """No more of its answer is wanted: whoever goes on sending gets the error."""
+        self.reply.abort(error)
+
+    @abstractmethod
+    def arguments(self, method: Method) -> tuple[Any, Any]:
+        """Positional and keyword arguments for the method. Raises what is wrong with the request."""
+
+    @abstractmethod
     def is_whole(self, value: Any) -> bool:
         """Whether `answer` takes this value; else it is for `deliver`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def answer(self, value: Any) -> None:
         """Send a whole value. Raises EncodingError if it cannot be sent; then it is not ended."""
-        raise NotImplementedError
 
+    def answer_item(self, value: Any) -> None:
+        """Send what a batch function returned for it. Raises BatchError, too."""
+        if is_stream(value) or not self.is_whole(value):
+            raise BatchError(f"a batch function's results must be whole values, got {type(value).__name__}")
+        self.answer(value)
+
+    @abstractmethod
     async def deliver(self, value: Any) -> None:
         """Send a value that takes time to send."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def stream(self, items: AsyncIterator[Any]) -> None:
         """Send items as they are made, held back by a slow reader."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fail(self, error: BaseException) -> None:
         """Send an error. After the head of an answer it visibly cuts the rest off."""
-        raise NotImplementedError

@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
-from serveit.exceptions import BodyTooLarge, ProtocolError, ReplicaDied
+from serveit.exceptions import BodyTooLarge, ProtocolError
 from serveit.running.calljob import CallJob
-from serveit.running.failures import failure_of
+from serveit.running.failures import Cancelled, failure_of
 from serveit.running.httpjob import Bindings, HttpJob
-from serveit.running.replica import Cancelled
 from serveit.running.reply import Reply
 from serveit.wire.frames import END, Call, Credit, Frame, FrameType, Request, decode_message
 from serveit.wire.streams import Collector
 
 if TYPE_CHECKING:
+    from serveit.exceptions import ServeitError
     from serveit.running.job import Job
     from serveit.running.replica import Replica
     from serveit.wire.link import Link
@@ -52,7 +52,9 @@ class Listener:
         return self._replica.others(self)
 
     def reply_ended(self, reply: Reply) -> None:
-        self._jobs.pop(reply.stream, None)
+        job = self._jobs.pop(reply.stream, None)
+        if job is not None and reply.outflow is not None:
+            self._replica.sent(job)
 
     # -- wire.link.Receiver ------------------------------------------------------------------
 
@@ -75,10 +77,9 @@ class Listener:
 
     def link_lost(self, error: BaseException | None) -> None:
         self._collecting.clear()
-        for job in list(self._jobs.values()):
-            job.reply.abort(ReplicaDied("the caller is gone"))
+        # The latest first: those that wait, so that none of them gets the slots of the others.
+        for job in reversed(list(self._jobs.values())):
             self._replica.cancel(job)
-        self._jobs.clear()
 
     def _open(self, frame: Frame, message: Request | Call) -> None:
         stream = frame.stream
@@ -99,8 +100,7 @@ class Listener:
             body = collector.received(frame.body, frame.flags)
         except BodyTooLarge as error:
             del self._collecting[frame.stream]
-            failure = failure_of(error, others=self.others(), in_user_code=False)
-            Reply(self, self._link, frame.stream).error(failure)
+            self._fail(frame.stream, error)
             return
         if body is not None:
             del self._collecting[frame.stream]
@@ -120,18 +120,14 @@ class Listener:
         self._replica.admit(job)
 
     def _cancel(self, stream: int) -> None:
-        entry = self._collecting.pop(stream, None)
-        cancelled = Cancelled("cancelled by its caller")
-        if entry is not None:
-            Reply(self, self._link, stream).error(
-                failure_of(cancelled, others=self.others(), in_user_code=False)
-            )
-            return
-        job = self._jobs.get(stream)
-        if job is None:
-            return  # its last frame is on the way
-        job.reply.abort(cancelled)
-        self._replica.cancel(job)
-        if stream in self._jobs and job.is_done:
-            # The job is over, only its body was still going out.
-            job.fail(cancelled)
+        if stream in self._collecting:
+            del self._collecting[stream]
+            self._fail(stream, Cancelled("cancelled by its caller"))
+        elif stream in self._jobs:
+            self._replica.cancel(self._jobs[stream])
+        # Otherwise its last frame is on the way.
+
+    def _fail(self, stream: int, error: ServeitError) -> None:
+        """End a stream that has not become a job."""
+        failure = failure_of(error, others=self.others(), in_user_code=False)
+        Reply(self, self._link, stream).error(failure)

@@ -10,18 +10,19 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from serveit.context import Context, Resolver, enter
 from serveit.declare.encoding import is_stream
-from serveit.exceptions import BatchError, DeadlineExceeded, ItemErrors, ServeitError
+from serveit.exceptions import DeadlineExceeded, Draining, ServeitError
 from serveit.observe import NullObserver, Observer
-from serveit.running.batching import Batcher, batch_outcomes
+from serveit.running.batching import Batcher, batch_outcomes, failed_outcomes
+from serveit.running.failures import Cancelled
 from serveit.running.instance import Instance
-from serveit.running.job import Job, JobState, Lane
+from serveit.running.job import BatchRun, Job, JobState, Lane, WaitingRoom, latest_deadline
 
 if TYPE_CHECKING:
     from serveit.config import BackendConfig
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from serveit.types import Clock
 
 logger = logging.getLogger("serveit.replica")
+
+END_S, CLEAN_UP_S = 1.0, 5.0
+"""What `aclose` gives cancelled requests to end, and then the user's clean-up."""
 
 
 @dataclass(frozen=True)
@@ -41,27 +45,12 @@ class ReplicaStatistics:
     draining: bool
 
 
-@dataclass
-class BatchRun:
-    """A batch that runs: how many of its jobs are still wanted."""
-
-    task: asyncio.Task[None] | None
-    wanted: int
-
-
-class Cancelled(ServeitError):
-    """Its caller gave the request up; nobody reads this."""
-
-    status = 499
-    default_executed = "maybe"
-
-
 class Replica:
     """Constructs the backend and runs its requests.
 
-    All mutable state: `_running` (slots taken), `_rotation` (lanes with waiting jobs, next first),
-    `_waiting` (jobs in them), `_batchers` (by method), `_draining`. It belongs to the event
-    loop that `start` ran in.
+    All mutable state: `_running` (jobs that hold a slot), `_waiting` (jobs in the waiting room),
+    `_sending` (jobs that are done, but for what their readers have not taken yet), `_batchers` (by
+    method), `_draining`. It belongs to the event loop that `start` ran in.
     """
 
     def __init__(
@@ -90,52 +79,55 @@ class Replica:
         self.backend = backend
         self.config: BackendConfig = backend.config
         self.clock = clock
+        self.instance = Instance(backend)
         self._observer = observer or NullObserver()
         self._resolver = resolver
         self._on_exit = on_exit
         self._context = Context(app, backend.name, id)
-        self.instance = Instance(backend)
+        self._variables = contextvars.copy_context()
+        """Every request starts in a copy of these: what one sets, no other sees."""
         self._batchers: dict[str, Batcher[Job]] = {}
-        self._limit = 1
-        self._running = 0
-        self._rotation: deque[Lane] = deque()
-        self._waiting = 0
+        self.limit = 1
+        """Requests that run at once; known once started."""
+        self._running: set[Job] = set()
+        self._waiting = WaitingRoom()
+        self._sending: set[Job] = set()
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
 
     def __repr__(self) -> str:
-        state = "draining " if self._draining else ""
-        return f"<Replica {self.id} {state}running={self._running}/{self._limit} waiting={self._waiting}>"
-
-    @property
-    def limit(self) -> int:
-        """Requests that run at once; known once started."""
-        return self._limit
+        state = f"{'draining ' if self._draining else ''}running={len(self._running)}/{self.limit}"
+        return f"<Replica {self.id} {state} waiting={len(self._waiting)}>"
 
     def statistics(self) -> ReplicaStatistics:
         gathering = sum(batcher.statistics().gathering for batcher in self._batchers.values())
-        return ReplicaStatistics(self._running, self._waiting, gathering, self._draining)
+        return ReplicaStatistics(len(self._running), len(self._waiting), gathering, self._draining)
 
     # -- life --------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Import, construct, `setup`, `reconfigure`, first health check.
+        """Import, construct, `setup`, `reconfigure`, first health check; `aclose` is due even if it fails.
 
         Raises:
             Exception: whatever the user's code raised.
         """
-        context = contextvars.copy_context()
-        context.run(enter, self._context, self._resolver)
-        await asyncio.get_running_loop().create_task(self._start(), context=context)
+        self._variables = contextvars.copy_context()
+        self._variables.run(enter, self._context, self._resolver)
+        await self._spawn(self.instance.start(), self._variables)
+        self.limit = self.config.ongoing_limit(is_async=self.backend.is_async)
         self._observer.replica_event(self.backend.name, self.id, "started")
 
-    async def _start(self) -> None:
-        await self.instance.start()
-        self._limit = self.config.ongoing_limit(is_async=self.backend.is_async)
+    async def reconfigure(self, user_config: Any) -> None:
+        """Hand a new `user_config` to the user's object. Raises what its `reconfigure` raises."""
+        await self._spawn(self.instance.reconfigure(user_config))
+
+    async def check_health(self) -> None:
+        """Raises what the user's `check_health`, if there is one, raises: unhealthy."""
+        await self._spawn(self.instance.check_health())
 
     async def drain(self, timeout_s: float | None = None) -> bool:
-        """Take nothing new and wait for what runs.
+        """Take nothing new, wait for what runs and for answers that are still going out.
 
         Args:
             timeout_s: how long; None for `graceful_shutdown_timeout_s`.
@@ -143,77 +135,93 @@ class Replica:
         Returns:
             Whether all of it ended in time.
         """
-        self._draining = True
+        self._close_doors()
         self._observer.replica_event(self.backend.name, self.id, "draining")
-        for lane in self._rotation:
-            while lane.waiting:
-                job = lane.waiting.popleft()
-                job.state = JobState.DONE
-                job.refuse("draining")
-        self._rotation.clear()
-        self._waiting = 0
         limit_s = self.config.graceful_shutdown_timeout_s if timeout_s is None else timeout_s
-        timed_out: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        timer = self.clock.call_later(limit_s, _set, timed_out)
-        idle = asyncio.ensure_future(self._idle.wait())
-        try:
-            await asyncio.wait((idle, timed_out), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            timer.cancel()
-            idle.cancel()
-            timed_out.cancel()
-        return self._running == 0
+        return await self._within(limit_s, self._idle.wait())
 
     async def aclose(self) -> None:
-        """Let the instance clean up and end its threads; what still runs is on its own."""
-        self._draining = True
-        for batcher in self._batchers.values():
-            batcher.close()
-        await self.instance.aclose()
+        """Cut off what still runs, let the object clean up and end the threads.
+
+        What does not end by itself, as a function in a thread, is left alone after a while.
+        """
+        self._close_doors()
+        for job in [*self._running, *self._sending]:
+            if job.given_up is None:
+                self._give_up(job, Draining("the replica has been stopped"))
+        if not await self._within(END_S, self._idle.wait()):
+            logger.warning("%r: %d requests do not end", self, len(self._running))
+        if not await self._within(CLEAN_UP_S, self.instance.aclose()):
+            logger.warning("%r: the clean-up of the backend's object does not end", self)
+        self.instance.end_threads()
         self._observer.replica_event(self.backend.name, self.id, "stopped")
+
+    def _close_doors(self) -> None:
+        self._draining = True
+        while self._waiting:
+            self._refuse(self._waiting.pop(), "draining")
+        for batcher in self._batchers.values():
+            batcher.hurry()
+
+    async def _within(self, limit_s: float, coroutine: Coroutine[Any, Any, Any]) -> bool:
+        """Whether it ended in time, by the replica's clock; if not, it is cancelled and left alone."""
+        task = self._spawn(coroutine)
+        over = asyncio.Event()
+        task.add_done_callback(lambda _: over.set())
+        timer = self.clock.call_later(limit_s, over.set)
+        try:
+            await over.wait()
+            return task.done()
+        finally:
+            timer.cancel()
+            task.cancel()
 
     # -- admission ---------------------------------------------------------------------------
 
     def admit(self, job: Job) -> None:
         """Run the job, let it wait, or refuse it; decided at once."""
         job.admitted_at = self.clock.time()
-        backend, replica = self.backend.name, self.id
         if self._draining:
-            self._observer.refused(backend, replica, "draining")
-            job.refuse("draining")
-        elif self._running < self._limit and not self._waiting:
-            self._observer.admitted(backend, replica)
+            self._refuse(job, "draining")
+        elif len(self._running) < self.limit and not self._waiting:
+            self._observer.admitted(self.backend.name, self.id)
             self._begin(job)
         elif len(job.lane.waiting) < self.config.prefetch:
-            self._observer.admitted(backend, replica)
-            self._waiting += 1
-            job.lane.waiting.append(job)
-            if len(job.lane.waiting) == 1:
-                self._rotation.append(job.lane)
+            self._observer.admitted(self.backend.name, self.id)
+            self._waiting.add(job)
             job.queued()
         else:
-            self._observer.refused(backend, replica, "full")
-            job.refuse("full")
+            self._refuse(job, "full")
 
     def others(self, lane: Lane) -> int:
         """Slots that everybody else holds; travels back on every answer."""
-        return self._running - lane.running
+        return len(self._running) - lane.running
 
     def cancel(self, job: Job) -> None:
         """Its caller gave up. A `def` function cannot be stopped: it keeps its slot until it returns."""
-        if job.state == JobState.DONE or job.cancelled:
-            return
-        job.cancelled = True
+        if job.given_up is None:
+            self._give_up(job, Cancelled("cancelled by its caller"))
+
+    def sent(self, job: Job) -> None:
+        """The last of its answer is on its way: its listener tells."""
+        self._sending.discard(job)
+        self._check_idle()
+
+    def _refuse(self, job: Job, reason: str) -> None:
+        job.state = JobState.DONE
+        self._observer.refused(self.backend.name, self.id, reason)
+        job.refuse(reason)
+
+    def _give_up(self, job: Job, error: ServeitError) -> None:
+        """End the job as far as that is possible, wherever it is."""
+        job.given_up = error
+        job.abort(error)
         if job.state == JobState.WAITING:
-            job.lane.waiting.remove(job)
-            self._waiting -= 1
-            if not job.lane.waiting:
-                self._rotation.remove(job.lane)
-            self._end(job, Cancelled("cancelled while waiting", executed="no"))
+            self._waiting.remove(job)
         elif job.state == JobState.GATHERING:
             self._batchers[job.target].discard(job)
-            self._end(job, Cancelled("cancelled before its batch ran", executed="no"))
-            self._release(job)
+        if job.state != JobState.RUNNING:
+            self._end(job, error)
         elif job.batch is not None:
             job.batch.wanted -= 1
             if not job.batch.wanted and job.batch.task is not None:
@@ -222,42 +230,53 @@ class Replica:
             job.task.cancel()
 
     def _begin(self, job: Job) -> None:
-        self._running += 1
-        job.lane.running += 1
-        self._idle.clear()
+        """Give the job a slot; one that is wrong from the start needs none."""
         try:
             method, function = self.instance.method(job.target)
-            if not method.is_batch:
-                job.state = JobState.RUNNING
-                job.task = asyncio.get_running_loop().create_task(self._run(job, method, function))
-                return
-            args, _ = job.arguments(method)
-            (job.item,) = args
-        except Exception as error:
+            if method.is_batch:
+                (job.item,), _ = job.arguments(method)
+        except BaseException as error:
             self._end(job, error)
-            self._release(job)
+            self._check_exit(error)
             return
-        job.state = JobState.GATHERING
-        self._batcher(method, function).put(job)
+        self._running.add(job)
+        job.lane.running += 1
+        self._idle.clear()
+        if method.is_batch:
+            job.state = JobState.GATHERING
+            self._batcher(method, function).put(job)
+        else:
+            job.state = JobState.RUNNING
+            job.task = self._spawn(self._run(job, method, function))
 
     def _release(self, job: Job) -> None:
-        """Give the slot to the next: lanes take turns, each lane's jobs in their order."""
-        self._running -= 1
+        """Give its slot, if it has one, to the next. Before it is answered: what the answer says of the
+        replica's load is then true."""
+        if job not in self._running:
+            return
+        self._running.remove(job)
         job.lane.running -= 1
-        while self._rotation and self._running < self._limit:
-            lane = self._rotation.popleft()
-            following = lane.waiting.popleft()
-            self._waiting -= 1
-            if lane.waiting:
-                self._rotation.append(lane)
-            if self._expired(following):
-                self._end(
-                    following, DeadlineExceeded("the deadline passed in the waiting room", executed="no")
-                )
+        while self._waiting and len(self._running) < self.limit:
+            following = self._waiting.pop()
+            if late := self._late(following, "in the waiting room"):
+                self._end(following, late)
                 continue
             following.started()
             self._begin(following)
-        if not self._running:
+
+    def _end(self, job: Job, error: BaseException) -> None:
+        self._release(job)
+        job.fail(error)
+        self._done(job)
+
+    def _done(self, job: Job) -> None:
+        job.state = JobState.DONE
+        if job.is_sending:
+            self._sending.add(job)
+        self._check_idle()
+
+    def _check_idle(self) -> None:
+        if not self._running and not self._sending:
             self._idle.set()
 
     # -- running -----------------------------------------------------------------------------
@@ -268,29 +287,28 @@ class Replica:
         self._observer.started(self.backend.name, self.id, begun - job.admitted_at)
         error: BaseException | None = None
         try:
-            if job.cancelled:
-                raise asyncio.CancelledError
-            enter(self._request_context(job), self._resolver)
-            if self._expired(job):
-                raise DeadlineExceeded("the deadline passed before the function was called", executed="no")
+            job.check_wanted()
+            enter(self._context.of_request(job.request_id, job.deadline), self._resolver)
+            if late := self._late(job, "before the function was called"):
+                raise late
             args, kwargs = job.arguments(method)
             job.in_user_code = True
             value = await self.instance.call(method, function, args, kwargs)
+            job.check_wanted()
             if is_stream(value):
                 await self._stream(job, value)
             elif job.is_whole(value):
+                self._release(job)
                 job.answer(value)
             else:
                 await job.deliver(value)
-            job.state = JobState.DONE
-        except BaseException as raised:
-            error = Cancelled("cancelled while running") if job.cancelled else raised
-            self._end(job, error)
-        finally:
-            self._observer.finished(self.backend.name, self.id, self.clock.time() - begun, error)
             self._release(job)
-        if isinstance(error, (SystemExit, KeyboardInterrupt)):
-            self._exit(error)
+            self._done(job)
+        except BaseException as raised:
+            error = raised
+            self._end(job, job.given_up or error)
+        self._observer.finished(self.backend.name, self.id, self.clock.time() - begun, job.given_up or error)
+        self._check_exit(error)
 
     async def _stream(self, job: Job, items: Any) -> None:
         steps = items if isinstance(items, AsyncIterator) else self.instance.iterate(items)
@@ -306,102 +324,77 @@ class Replica:
     def _batcher(self, method: Method, function: Callable[..., Any]) -> Batcher[Job]:
         batcher = self._batchers.get(method.name)
         if batcher is None:
-
-            async def run(jobs: list[Job]) -> None:
-                await self._run_batch(method, function, jobs)
-
             config = self.config
             batcher = self._batchers[method.name] = Batcher(
-                run,
+                partial(self._run_batch, method, function),
                 max_size=config.max_batch_size or 1,
                 wait_s=config.batch_wait_timeout_s,
                 max_concurrent=config.max_concurrent_batches,
                 clock=self.clock,
                 wanted=self._still_wanted,
+                context=self._variables,
             )
         return batcher
 
     def _still_wanted(self, job: Job) -> bool:
-        if not self._expired(job):
-            return True
-        self._end(job, DeadlineExceeded("the deadline passed before its batch ran", executed="no"))
-        self._release(job)
-        return False
+        if late := self._late(job, "before its batch ran"):
+            self._end(job, late)
+        return not late
 
     async def _run_batch(self, method: Method, function: Callable[..., Any], jobs: list[Job]) -> None:
+        jobs = [job for job in jobs if not job.is_done]  # the rest was cancelled before this first step
+        if not jobs:
+            return
         begun = self.clock.time()
         batch = BatchRun(asyncio.current_task(), len(jobs))
         for job in jobs:
             job.state, job.batch, job.in_user_code = JobState.RUNNING, batch, True
             self._observer.started(self.backend.name, self.id, begun - job.admitted_at)
         self._observer.batch(self.backend.name, self.id, len(jobs))
-        enter(self._batch_context(jobs), self._resolver)
-        failure: BaseException | None = None
-        outcomes: Sequence[Any] = ()
+        enter(self._context.of_request(jobs[0].request_id, latest_deadline(jobs)), self._resolver)
+        error: BaseException | None = None
         try:
             value = await self.instance.call(method, function, ([job.item for job in jobs],), {})
             outcomes = batch_outcomes(value, len(jobs), self.backend.name)
-        except ItemErrors as error:
-            try:
-                outcomes = batch_outcomes(error.outcomes, len(jobs), self.backend.name)
-            except BatchError as wrong:
-                failure = wrong
-        except BaseException as error:
-            failure = error
+        except BaseException as raised:
+            error = raised
+            outcomes = failed_outcomes(raised, len(jobs), self.backend.name)
         ran_s = self.clock.time() - begun
-        for index, job in enumerate(jobs):
-            self._finish_item(job, outcomes[index] if failure is None else failure, ran_s)
-        if isinstance(failure, (SystemExit, KeyboardInterrupt)):
-            self._exit(failure)
+        for job, outcome in zip(jobs, outcomes, strict=True):
+            self._finish_item(job, outcome, ran_s)
+        self._check_exit(error)
 
     def _finish_item(self, job: Job, outcome: Any, ran_s: float) -> None:
-        error: BaseException | None = None
-        if job.cancelled:
-            error = Cancelled("cancelled while its batch ran")
-        elif isinstance(outcome, BaseException):
-            error = outcome
-        else:
+        error = job.given_up or (outcome if isinstance(outcome, BaseException) else None)
+        if error is None:
             try:
-                if is_stream(outcome) or not job.is_whole(outcome):
-                    raise BatchError(
-                        f"a batch function's results must be whole values, got {type(outcome).__name__}"
-                    )
-                job.answer(outcome)
-                job.state = JobState.DONE
+                self._release(job)
+                job.answer_item(outcome)
+                self._done(job)
             except Exception as raised:
                 error = raised
         if error is not None:
             self._end(job, error)
         self._observer.finished(self.backend.name, self.id, ran_s, error)
-        self._release(job)
 
     # -- small things ------------------------------------------------------------------------
 
-    def _request_context(self, job: Job) -> Context:
-        own = self._context
-        return Context(own.app, own.backend, own.replica, job.request_id, job.deadline)
+    def _spawn(
+        self, coroutine: Coroutine[Any, Any, None], context: contextvars.Context | None = None
+    ) -> asyncio.Task[None]:
+        """A task that starts with the replica's variables, whoever's code this runs in."""
+        context = context or self._variables.copy()
+        return asyncio.get_running_loop().create_task(coroutine, context=context)
 
-    def _batch_context(self, jobs: list[Job]) -> Context:
-        own = self._context
-        deadlines = [job.deadline for job in jobs]
-        latest = (
-            None if None in deadlines else max(deadline for deadline in deadlines if deadline is not None)
-        )
-        return Context(own.app, own.backend, own.replica, jobs[0].request_id, latest)
+    def _late(self, job: Job, where: str) -> DeadlineExceeded | None:
+        """The error for a job whose deadline has passed."""
+        if job.deadline is None or self.clock.time() < job.deadline:
+            return None
+        return DeadlineExceeded(f"the deadline passed {where}", executed="no")
 
-    def _expired(self, job: Job) -> bool:
-        return job.deadline is not None and self.clock.time() >= job.deadline
-
-    def _end(self, job: Job, error: BaseException) -> None:
-        job.state = JobState.DONE
-        job.fail(error)
-
-    def _exit(self, error: BaseException) -> None:
-        logger.critical("user code of backend %r raised %s", self.backend.name, type(error).__name__)
+    def _check_exit(self, error: BaseException | None) -> None:
+        if not isinstance(error, (SystemExit, KeyboardInterrupt)):
+            return
+        logger.critical("user code of backend %r raised %r", self.backend.name, error)
         if self._on_exit is not None:
             self._on_exit(error)
-
-
-def _set(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)

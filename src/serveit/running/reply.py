@@ -37,9 +37,14 @@ class ReplyOwner(Protocol):
 
 
 class Reply:
-    """Ends its stream with exactly one of: an ANSWER or DATA with END, ERROR, REFUSED."""
+    """Ends its stream with exactly one of: an ANSWER or DATA with END, ERROR, REFUSED.
 
-    __slots__ = ("_owner", "ended", "link", "outflow", "stream")
+    All mutable state: `outflow` (the body after the head, once begun), `ended` (the last frame has
+    been handed to the link), `_complete` (the body is all here, though some may have to wait for
+    credit), `_aborted` (nobody reads on).
+    """
+
+    __slots__ = ("_aborted", "_complete", "_owner", "ended", "link", "outflow", "stream")
 
     def __init__(self, owner: ReplyOwner, link: Link, stream: int) -> None:
         self._owner = owner
@@ -47,6 +52,13 @@ class Reply:
         self.stream = stream
         self.outflow: Outflow | None = None
         self.ended = False
+        self._complete = False
+        self._aborted: BaseException | None = None
+
+    @property
+    def is_sending(self) -> bool:
+        """Whether a body has begun to go out and has not all gone."""
+        return self.outflow is not None and not self.ended
 
     def others(self) -> int:
         """The load that every frame back carries."""
@@ -65,7 +77,13 @@ class Reply:
         self._end()
 
     def whole(self, message: Message, buffers: Sequence[Buffer], size: int) -> None:
-        """An answer whose body is all here. If it is large the slot is free before it is sent."""
+        """An answer whose body is all here. If it is large the slot is free before it is sent.
+
+        Raises:
+            ProtocolError: what goes before the body does not fit a frame; nothing was sent.
+            Exception: what `abort` was given.
+        """
+        self._check_wanted()
         meta = encode_message(message)
         if size <= MAX_INLINE:
             body = buffers[0] if len(buffers) == 1 else b"".join(buffers)
@@ -74,29 +92,33 @@ class Reply:
             return
         self.link.send(FrameType.ANSWER, self.stream, meta, b"", FREED)
         self.outflow = Outflow(self.link, self.stream)
-        self.outflow.write(buffers, end=True)
-        self._end_if_idle()
+        self._last(buffers)
 
     def begin(self, message: Message, flags: int = 0) -> None:
-        """The head of an answer whose body is still being made."""
+        """The head of an answer whose body is still being made. Raises as `whole` does."""
+        self._check_wanted()
         self.link.send(FrameType.ANSWER, self.stream, encode_message(message), b"", flags)
         self.outflow = Outflow(self.link, self.stream)
 
     async def push(self, buffers: Sequence[Buffer], *, item: bool = False) -> None:
-        """Some of the body; waits while the reader is behind."""
+        """Some of the body; waits while the reader is behind. Raises what `abort` was given."""
         assert self.outflow is not None, "begin() comes first"
+        self._check_wanted()
         self.outflow.write(buffers, item=item)
         await self.outflow.drain()
 
     def finish(self) -> None:
-        """The body is complete."""
+        """The body is complete. Raises what `abort` was given."""
         assert self.outflow is not None, "begin() comes first"
-        self.outflow.write([], end=True)
-        self._end_if_idle()
+        self._check_wanted()
+        self._last([])
 
     def error(self, failure: Failure, pickled: bytes = b"") -> None:
-        """The request failed; after `begin` this cuts the body off."""
-        if self.ended:
+        """The request failed; after `begin` this cuts the body off.
+
+        A body that was complete by then goes out still, unless nobody reads it.
+        """
+        if self.ended or (self._complete and self._aborted is None):
             return
         self.link.send(FrameType.ERROR, self.stream, encode_message(failure), pickled)
         self._end()
@@ -108,9 +130,20 @@ class Reply:
             self._end_if_idle()
 
     def abort(self, error: BaseException) -> None:
-        """The caller is gone: whoever waits in `push` gets the error."""
+        """Nobody reads on: whoever waits in `push`, or goes on sending, gets the error."""
+        self._aborted = error
         if self.outflow is not None:
             self.outflow.abort(error)
+
+    def _last(self, buffers: Sequence[Buffer]) -> None:
+        assert self.outflow is not None
+        self._complete = True
+        self.outflow.write(buffers, end=True)
+        self._end_if_idle()
+
+    def _check_wanted(self) -> None:
+        if self._aborted is not None:
+            raise self._aborted
 
     def _end_if_idle(self) -> None:
         if self.outflow is not None and self.outflow.ended:

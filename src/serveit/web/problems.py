@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import traceback
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
 from serveit.exceptions import InvalidRequest, Rejected, ServeitError
+from serveit.web.head import are_sendable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from starlette.types import Send
 
     from serveit.types import Executed, HeaderList
     from serveit.wire.frames import Failure
 
 MEDIA_TYPE = b"application/problem+json"
+
+WITHOUT_BODY = (204, 304)
+"""Statuses whose answers have none, whatever was meant to be sent."""
+
+_OWN = frozenset({b"content-type", b"content-length", b"transfer-encoding", b"x-serveit-executed"})
 
 
 class Problem(NamedTuple):
@@ -33,6 +42,9 @@ class RequestFailed(ServeitError):
         super().__init__(failure.text, executed=failure.executed)
         self.failure = failure
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.failure,)
+
 
 def problem(
     status: int,
@@ -46,13 +58,19 @@ def problem(
     """Make one.
 
     Args:
-        status: the HTTP status.
+        status: the HTTP status; one that no final answer can have becomes 500.
         detail: a sentence for whoever reads the answer.
         executed: whether user code ran; becomes `x-serveit-executed`.
         errors: a 422's faults, each with `loc` and `msg`.
-        headers: further header fields.
+        headers: further header fields, lower case; those that cannot be sent are left out.
         more: further members of the document.
     """
+    if not 200 <= status <= 599:
+        status = 500
+    said: HeaderList = [(b"x-serveit-executed", executed.encode())]
+    said.extend(field for field in headers or () if field[0] not in _OWN and are_sendable([field]))
+    if status in WITHOUT_BODY:
+        return Problem(status, said, b"")
     document: dict[str, Any] = {"type": "about:blank", "title": _title(status), "status": status}
     if detail:
         document["detail"] = detail
@@ -60,18 +78,13 @@ def problem(
         document["errors"] = list(errors)
     document.update({name: value for name, value in more.items() if value})
     body = msgspec.json.encode(document)
-    fields = [
-        (b"content-type", MEDIA_TYPE),
-        (b"content-length", b"%d" % len(body)),
-        (b"x-serveit-executed", executed.encode()),
-    ]
-    own = {name for name, _ in fields}
-    fields.extend(field for field in headers or () if field[0] not in own)
-    return Problem(status, fields, body)
+    return Problem(
+        status, [(b"content-type", MEDIA_TYPE), (b"content-length", b"%d" % len(body)), *said], body
+    )
 
 
 def problem_of(error: BaseException, *, debug: bool) -> Problem:
-    """The answer for what the router or a replica raised.
+    """The answer for what the router, a replica or a middleware raised.
 
     Args:
         error: a ServeitError; anything else is a 500 without detail.
@@ -80,12 +93,19 @@ def problem_of(error: BaseException, *, debug: bool) -> Problem:
     if isinstance(error, RequestFailed):
         return _of_failure(error.failure, debug=debug)
     if not isinstance(error, ServeitError):
-        return problem(500, str(error) if debug else "", executed="maybe")
+        return problem(500, executed="maybe", **(_debug(error) if debug else {}))
     headers: HeaderList = []
     if isinstance(error, Rejected):
         headers.append((b"retry-after", b"%d" % error.retry_after_s))
     errors = error.errors if isinstance(error, InvalidRequest) else ()
     return problem(error.status, str(error), executed=error.executed, errors=errors, headers=headers)
+
+
+async def send_problem(send: Send, answer: Problem, request_id: str) -> None:
+    """Send it as an ASGI application does."""
+    headers = [*answer.headers, (b"x-request-id", request_id.encode())]
+    await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+    await send({"type": "http.response.body", "body": answer.body})
 
 
 def _of_failure(failure: Failure, *, debug: bool) -> Problem:
@@ -100,6 +120,11 @@ def _of_failure(failure: Failure, *, debug: bool) -> Problem:
         headers=failure.headers,
         **more,
     )
+
+
+def _debug(error: BaseException) -> dict[str, Any]:
+    lines = traceback.format_exception(error)
+    return {"exception": f"{type(error).__qualname__}: {error}", "traceback": "".join(lines)}
 
 
 def _title(status: int) -> str:

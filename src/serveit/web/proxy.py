@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import errno
 import os
 import socket
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import uvicorn
 
-from serveit.web.ingress import with_middlewares
+from serveit.web.middlewares import with_middlewares
 from serveit.web.protocol import protocol_class
 
 if TYPE_CHECKING:
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from serveit.web.ingress import Ingress
 
 BACKLOG = 2048
+CANCEL_S = 1.0
+"""What requests that are cancelled at the end of a drain get to send their last words."""
+FRESH_S = 0.1
+"""What a connection that was accepted at the last moment gets to send its first request."""
 
 
 class Proxy:
@@ -29,62 +33,104 @@ class Proxy:
         self._server: uvicorn.Server | None = None
         self._sockets: list[socket.socket] = []
         self._main_loop: asyncio.Task[None] | None = None
+        self._url = ""
 
     @property
     def url(self) -> str:
-        """Where it answers; known once started."""
-        host, port = self._sockets[0].getsockname()[:2]
-        scheme = "https" if self.options.ssl_certfile else "http"
-        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{self.options.root_path}"
+        """Where it answers (or did); known once started."""
+        return self._url
 
     async def start(self, sock: socket.socket | None = None) -> None:
         """Listen.
 
         Args:
-            sock: a listening socket to take over; None to bind the options' address.
+            sock: a bound socket to take over; None to bind the options' address.
 
         Raises:
-            OSError: the address is in use or not this machine's; the text says which and what to do.
+            OSError: the address is in use or not this machine's, or a certificate cannot be read; the
+                text says which and what to do.
+            ImportFailed: a middleware's import string leads nowhere.
         """
-        self._sockets = [sock if sock is not None else bind(self.options)]
+        config = self._config()
+        sock = sock if sock is not None else bind(self.options)
+        try:
+            # Accepted sockets inherit it; asyncio itself sets it only where it knows that this is TCP.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            host, port = sock.getsockname()[:2]
+            server = uvicorn.Server(config)
+            server.lifespan = config.lifespan_class(config)
+            await server.on_tick(0)  # the first answers have a date, too
+            await server.startup(sockets=[sock])
+        except OSError as error:
+            sock.close()
+            raise _cannot_listen(self.options, error) from None
+        scheme = "https" if self.options.ssl_certfile else "http"
+        self._url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{self.options.root_path}"
+        self._sockets = [sock]
+        self._server = server
+        self._main_loop = asyncio.get_running_loop().create_task(server.main_loop())
+
+    def _config(self) -> uvicorn.Config:
+        options = self.options
         config = uvicorn.Config(
-            with_middlewares(self.ingress, self.options),
-            http=protocol_class(self.options),
+            with_middlewares(self.ingress, options),
+            http=protocol_class(options),
+            interface="asgi3",
             ws="none",
             lifespan="off",
             log_config=None,
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            root_path=self.options.root_path,
-            timeout_keep_alive=self.options.keep_alive_s,  # type: ignore[arg-type]
-            ssl_certfile=self.options.ssl_certfile,
-            ssl_keyfile=self.options.ssl_keyfile,
+            root_path=options.root_path,
+            timeout_keep_alive=options.keep_alive_s,  # type: ignore[arg-type]
+            ssl_certfile=options.ssl_certfile,
+            ssl_keyfile=options.ssl_keyfile,
             backlog=BACKLOG,
         )
-        config.load()
-        self._server = uvicorn.Server(config)
-        self._server.lifespan = config.lifespan_class(config)
-        await self._server.on_tick(0)  # the first answers have a date, too
-        await self._server.startup(sockets=self._sockets)
-        self._main_loop = asyncio.get_running_loop().create_task(self._server.main_loop())
+        try:
+            config.load()
+        except OSError as error:
+            files = f"ssl_certfile={options.ssl_certfile!r}, ssl_keyfile={options.ssl_keyfile!r}"
+            raise OSError(
+                error.errno, f"HTTPS needs a certificate that can be read: {files}: {error}"
+            ) from None
+        return config
 
     async def aclose(self, timeout_s: float | None = None) -> None:
         """Take no more connections and let the requests that run end.
 
         Args:
-            timeout_s: then what still runs is cancelled; None to wait for all of it.
+            timeout_s: then what still runs is cancelled, and answered 503 or cut off; None to wait
+                for all of it.
         """
         server = self._server
-        if server is None or server.should_exit:
+        if server is None or self._main_loop is None or server.should_exit:
             return
         server.should_exit = True
-        if self._main_loop is not None:
-            self._main_loop.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._main_loop
+        self.ingress.stopping = True
+        self._main_loop.cancel()
         server.config.timeout_graceful_shutdown = timeout_s  # type: ignore[assignment]
+        await self._serve_fresh(server)
         await server.shutdown(sockets=self._sockets)
+        tasks = list(server.server_state.tasks)
+        if tasks:
+            if server.force_exit:
+                for task in tasks:
+                    task.cancel()
+            await asyncio.wait(tasks, timeout=CANCEL_S)
+        for connection in list(server.server_state.connections):
+            connection.transport.abort()
+        await asyncio.sleep(0)  # the transports' last callbacks
+
+    async def _serve_fresh(self, server: uvicorn.Server) -> None:
+        """Accept nothing more, and let who was accepted just now send its request: uvicorn would close on
+        it without an answer, and with `--reload` another process is there to accept the rest."""
+        for listener in server.servers:
+            listener.close()
+        await asyncio.sleep(0)  # connections that are being made
+        if any(getattr(one, "cycle", None) is None for one in server.server_state.connections):
+            await asyncio.sleep(FRESH_S)
 
     def force(self) -> None:
         """Stop waiting for requests in an `aclose` under way."""
@@ -106,28 +152,32 @@ def bind(options: HTTPOptions) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-    except socket.gaierror as error:
-        raise OSError(f"host {host!r} is not an address of this machine: {error.strerror}") from None
+    except (socket.gaierror, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise OSError(
+            errno.EADDRNOTAVAIL, f"host {host!r} is not an address of this machine: {reason}"
+        ) from None
     sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        if os.name == "posix":
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
     except OSError as error:
         sock.close()
-        raise type(error)(
-            error.errno, f"cannot listen on {host}:{port}: {os.strerror(error.errno or 0)}{_way_out(error)}"
-        ) from None
+        raise _cannot_listen(options, error) from None
     sock.setblocking(False)
     return sock
 
 
-def _way_out(error: Any) -> str:
-    import errno
+_WAYS_OUT = {
+    errno.EADDRINUSE: "; something listens there already: stop it, or choose another with --port",
+    errno.EADDRNOTAVAIL: "; it is not an address of this machine: choose another with --host",
+    errno.EACCES: "; ports below 1024 need privileges: choose another with --port",
+}
 
-    ways = {
-        errno.EADDRINUSE: "; something listens there already: stop it, or choose another with --port",
-        errno.EADDRNOTAVAIL: "; it is not an address of this machine: choose another with --host",
-        errno.EACCES: "; ports below 1024 need privileges: choose another with --port",
-    }
-    return ways.get(error.errno, "")
+
+def _cannot_listen(options: HTTPOptions, error: OSError) -> OSError:
+    number = error.errno or 0
+    way_out = _WAYS_OUT.get(number, "")
+    return type(error)(
+        number, f"cannot listen on {options.host}:{options.port}: {os.strerror(number)}{way_out}"
+    )

@@ -50,26 +50,26 @@ class Redirect(NamedTuple):
 class RouteTable:
     """All routes of an instance, in the order of registration.
 
-    Literal paths are found by a dictionary, patterns by their first segment where that is literal, so
-    that a request's cost does not grow with the routes beside its own.
+    A request's cost does not grow with the routes beside its own: what takes a literal path, patterns
+    included, is found out when the table is made; other paths are tried only on the patterns that
+    start with the same literal segments.
     """
 
     def __init__(self, apps: Iterable[AppInfo] = ()) -> None:
         self.entries = list(_number(apps))
-        self._literals: dict[str, list[Entry]] = {}
-        self._by_segment: dict[str, list[Entry]] = {}
-        self._anywhere: list[Entry] = []
-        patterns = [entry for entry in self.entries if not entry.route.is_literal]
+        self._patterns = _by_segments(entry for entry in self.entries if not entry.route.is_literal)
+        """By literal segments in front ("/", "/api/", "/api/users/"), each with those of its parents."""
+        literals: dict[str, list[Found]] = {
+            entry.path: [] for entry in self.entries if entry.route.is_literal
+        }
+        for path, found in literals.items():
+            found.extend(self._by_pattern(path))
         for entry in self.entries:
             if entry.route.is_literal:
-                self._literals.setdefault(entry.path, []).append(entry)
-        segments = {_literal_segment(entry.path) for entry in patterns} - {None}
-        for entry in patterns:
-            segment = _literal_segment(entry.path)
-            for known in segments if segment is None else (segment,):
-                self._by_segment.setdefault(known or "", []).append(entry)
-            if segment is None:
-                self._anywhere.append(entry)
+                literals[entry.path].append(Found(entry, []))
+        self._literals = {
+            path: sorted(found, key=lambda each: each.entry.order) for path, found in literals.items()
+        }
 
     def match(self, method: str, path: str) -> Found | WrongMethod | Redirect | None:
         """Where a request leads.
@@ -79,34 +79,37 @@ class RouteTable:
             path: percent-decoded, without the server's root path.
         """
         allow: set[str] = set()
-        for entry, values in self._matches(path):
-            if method in entry.methods:
-                return Found(entry, values)
-            allow |= entry.methods
+        for found in self._literals.get(path) or self._by_pattern(path):
+            if method in found.entry.methods:
+                return found
+            allow |= found.entry.methods
         if allow:
             return WrongMethod(tuple(sorted(allow)))
         if path != "/":
             other = path[:-1] if path.endswith("/") else f"{path}/"
-            if next(self._matches(other), None) is not None:
+            if other in self._literals or next(self._by_pattern(other), None) is not None:
                 return Redirect(other)
         return None
 
-    def _matches(self, path: str) -> Iterator[tuple[Entry, list[str]]]:
-        """Routes that take the path, first registered first."""
-        literals = self._literals.get(path, ())
-        patterns = self._by_segment.get(_first_segment(path), self._anywhere)
-        following = iter(literals)
-        literal = next(following, None)
-        for entry in patterns:
-            while literal is not None and literal.order < entry.order:
-                yield literal, []
-                literal = next(following, None)
-            found = entry.regex.fullmatch(path)
-            if found is not None:
-                yield entry, list(found.groups(""))
-        while literal is not None:
-            yield literal, []
-            literal = next(following, None)
+    def _by_pattern(self, path: str) -> Iterator[Found]:
+        """Patterns that take the path, first registered first."""
+        for entry in self._candidates(path):
+            match = entry.regex.fullmatch(path)
+            if match is not None:
+                yield Found(entry, list(match.groups("")))
+
+    def _candidates(self, path: str) -> list[Entry]:
+        patterns = self._patterns
+        candidates = patterns["/"]
+        if len(patterns) > 1:
+            slash = path.find("/", 1)
+            while slash > 0:
+                deeper = patterns.get(path[: slash + 1])
+                if deeper is None:
+                    break
+                candidates = deeper
+                slash = path.find("/", slash + 1)
+        return candidates
 
 
 def _number(apps: Iterable[AppInfo]) -> Iterator[Entry]:
@@ -118,11 +121,22 @@ def _number(apps: Iterable[AppInfo]) -> Iterator[Entry]:
             order += 1
 
 
-def _first_segment(path: str) -> str:
-    return path[1:].partition("/")[0]
+def _by_segments(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
+    own: dict[str, list[Entry]] = {"/": []}
+    for entry in entries:
+        segments = _literal_segments(entry.path)
+        for segment in segments:
+            own.setdefault(segment, [])
+        own[segments[-1]].append(entry)
+    whole: dict[str, list[Entry]] = {}
+    for segment in sorted(own, key=len):  # parents first
+        parent = segment[: segment.rfind("/", 0, -1) + 1]
+        whole[segment] = sorted([*whole.get(parent, ()), *own[segment]], key=lambda entry: entry.order)
+    return whole
 
 
-def _literal_segment(pattern: str) -> str | None:
-    """The first segment of a pattern, if it is whole and has no parameter in it."""
-    segment, slash, _ = pattern[1:].partition("/")
-    return segment if slash and "<" not in segment and "{" not in segment else None
+def _literal_segments(pattern: str) -> list[str]:
+    """What every path of the pattern starts with: "/api/users/<id>" → "/", "/api/", "/api/users/"."""
+    bracket = re.search("[<{]", pattern)
+    literal = pattern[: bracket.start()] if bracket else pattern
+    return [literal[: index + 1] for index, char in enumerate(literal) if char == "/"]

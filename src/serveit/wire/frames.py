@@ -15,7 +15,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable
 from enum import IntEnum
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -32,10 +32,14 @@ MAX_FRAME = 512 * 1024
 """Cap on what follows a header; a longer frame is refused before memory is taken for it."""
 
 HEADER = struct.Struct("!IBBI")
-_META = struct.Struct("!I")
+HEADER_SIZE = HEADER.size
 _HEAD = struct.Struct("!IBBII")  # header and metadata length in one call
+_HEAD_SIZE = _HEAD.size
+_pack_head = _HEAD.pack
+_unpack_head = _HEAD.unpack_from
 
 Buffer = bytes | bytearray | memoryview
+"""Octets; a memoryview has to be one-dimensional and of format "B"."""
 
 
 class FrameType(IntEnum):
@@ -82,6 +86,10 @@ class Frame(msgspec.Struct, gc=False, frozen=True):
     body: bytes
 
 
+Size = Annotated[int, msgspec.Meta(ge=0)]
+"""A number of octets that the peer names."""
+
+
 class Message(msgspec.Struct, array_like=True, gc=False):
     """Metadata of a frame; every kind ends in `extra`."""
 
@@ -110,7 +118,7 @@ class Call(Message):
 
     request_id: str
     target: str
-    sizes: list[int]
+    sizes: list[Size]
     deadline_ms: int | None = None
     extra: dict[str, Any] = {}
 
@@ -135,7 +143,7 @@ class CallAnswer(Message):
     """ANSWER to a CALL. The body is a pickle and its out-of-band buffers, of these sizes."""
 
     others: int
-    sizes: list[int]
+    sizes: list[Size]
     extra: dict[str, Any] = {}
 
 
@@ -168,7 +176,7 @@ class Refusal(Message):
 class Credit(Message):
     """CREDIT: the receiver may send so many more octets of DATA on this stream."""
 
-    octets: int
+    octets: Size
     extra: dict[str, Any] = {}
 
 
@@ -192,7 +200,7 @@ def decode_message(kind: type[M], frame: Frame) -> M:
     """
     try:
         message: M = _decoders[kind].decode(frame.meta)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except Exception as error:  # also RecursionError: a peer may nest `extra` as deep as it likes
         raise ProtocolError(f"malformed {kind.__name__} metadata: {error}") from None
     return message
 
@@ -206,51 +214,89 @@ def encode_frame(kind: int, stream: int, meta: bytes = b"", body: Buffer = b"", 
     length = 4 + len(meta) + len(body)
     if length > MAX_FRAME:
         raise ProtocolError(f"a frame of {length:,} octets is over the limit of {MAX_FRAME:,}")
-    return b"".join((_HEAD.pack(length, kind, flags, stream, len(meta)), meta, body))
+    return b"".join((_pack_head(length, kind, flags, stream, len(meta)), meta, body))
 
 
-_KNOWN = frozenset(FrameType)
+_KNOWN = frozenset(map(int, FrameType))
 
 
 class Decoder:
-    """Octets in, whole frames out. Holds at most one unfinished frame, so at most `MAX_FRAME` octets."""
+    """Octets in, whole frames out.
+
+    Holds at most one unfinished frame, so less than a header and `MAX_FRAME` octets, and only those
+    that have come: what a header claims is not believed. However the octets are cut, each is copied
+    a few times at most.
+
+    Attributes:
+        error: what was wrong with the octets; the connection has to be closed then.
+    """
 
     def __init__(self) -> None:
-        self._rest = b""
+        self.error: ProtocolError | None = None
+        self._rest = bytearray()
+        self._needed = 0
+        """So long does `_rest` have to be for another look at it."""
 
     def feed(self, data: Buffer) -> list[Frame]:
         """The frames that `data` completes.
 
         Raises:
             ProtocolError: a frame is too long, of unknown type, or its lengths contradict each
-                other. The decoder can't be used afterwards: the connection has to be closed.
+                other. Frames that came whole before it are not lost: they are returned, `error` is
+                set, and the next call raises it.
         """
+        if self.error is not None:
+            raise self.error
         if self._rest:
-            data = self._rest + data
+            self._rest += data
+            if len(self._rest) < self._needed:
+                return []
+            data = bytes(self._rest)
+            self._rest.clear()
+        elif type(data) is not bytes:
+            data = bytes(data)
         frames: list[Frame] = []
-        position, available = 0, len(data)
-        while available - position >= HEADER.size:
-            length, kind, flags, stream = HEADER.unpack_from(data, position)
-            self._check(length, kind)
-            end = position + HEADER.size + length
+        position, available, needed = 0, len(data), _HEAD_SIZE
+        while available - position >= _HEAD_SIZE:
+            length, kind, flags, stream, meta_length = _unpack_head(data, position)
+            if length > MAX_FRAME or meta_length > length - 4 or kind not in _KNOWN:
+                return self._stop(_fault(length, kind, meta_length), frames)
+            end = position + HEADER_SIZE + length
             if end > available:
+                needed = end - position
                 break
-            start = position + HEADER.size + 4
-            (meta_length,) = _META.unpack_from(data, start - 4)
-            if start + meta_length > end:
-                raise ProtocolError(f"metadata of {meta_length:,} octets in a frame of {length:,}")
+            start = position + _HEAD_SIZE
             meta_end = start + meta_length
-            frames.append(Frame(kind, flags, stream, bytes(data[start:meta_end]), bytes(data[meta_end:end])))
+            frames.append(Frame(kind, flags, stream, data[start:meta_end], data[meta_end:end]))
             position = end
-        self._rest = bytes(data[position:])
+        if position < available:
+            return self._keep(data[position:], needed, frames)
         return frames
 
-    @staticmethod
-    def _check(length: int, kind: int) -> None:
-        if not 4 <= length <= MAX_FRAME:
-            raise ProtocolError(f"a frame claims {length:,} octets; 4 to {MAX_FRAME:,} are allowed")
-        if kind not in _KNOWN:
-            raise ProtocolError(f"unknown frame type {kind}")
+    def _keep(self, rest: bytes, needed: int, frames: list[Frame]) -> list[Frame]:
+        self._rest += rest
+        self._needed = needed if len(rest) >= HEADER_SIZE else HEADER_SIZE
+        if HEADER_SIZE <= len(rest) < _HEAD_SIZE:
+            # The header alone is here and may be wrong already.
+            length, kind, _, _ = HEADER.unpack_from(rest)
+            if not 4 <= length <= MAX_FRAME or kind not in _KNOWN:
+                return self._stop(_fault(length, kind, 0), frames)
+        return frames
+
+    def _stop(self, error: ProtocolError, frames: list[Frame]) -> list[Frame]:
+        self.error = error
+        self._rest.clear()
+        if not frames:
+            raise error
+        return frames
+
+
+def _fault(length: int, kind: int, meta_length: int) -> ProtocolError:
+    if not 4 <= length <= MAX_FRAME:
+        return ProtocolError(f"a frame claims {length:,} octets; 4 to {MAX_FRAME:,} are allowed")
+    if kind not in _KNOWN:
+        return ProtocolError(f"unknown frame type {kind}")
+    return ProtocolError(f"metadata of {meta_length:,} octets in a frame of {length:,}")
 
 
 def pieces(buffers: Iterable[Buffer], size: int = MAX_INLINE) -> Iterable[memoryview]:

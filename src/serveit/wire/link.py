@@ -1,7 +1,8 @@
 """What carries frames between a caller and a replica, whatever it is made of.
 
 Two kinds: `memory` (both ends in one event loop) and `channel` (sockets). Both keep the order, lose
-nothing while they are open, and hand over octets rather than objects. The same tests run on both.
+nothing while they are open, and hand over octets rather than objects. The same tests run on both
+(`tests/test_link.py`), and both leave it to `receive` and `lose` here what a receiver sees.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from serveit.exceptions import ProtocolError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from serveit.wire.frames import Buffer, Frame
+    from serveit.wire.frames import Buffer, Decoder, Frame
 
 logger = logging.getLogger("serveit.wire")
 
@@ -33,6 +34,7 @@ class Link(Protocol):
     """One end of a connection."""
 
     closed: bool
+    """This end was closed or lost: nothing is sent any more, and no frame handed over."""
 
     def send(self, kind: int, stream: int, meta: bytes = b"", body: Buffer = b"", flags: int = 0) -> None:
         """Queue a frame; all frames of one loop tick go out in one write. Silent once closed.
@@ -45,21 +47,51 @@ class Link(Protocol):
         """Write what is queued now rather than at the end of the tick."""
 
     def close(self) -> None:
-        """Both receivers get `link_lost` once what is queued has been handed over."""
+        """The other end still gets what was sent before; then both receivers get `link_lost`.
+
+        What is on its way from the other end is dropped.
+        """
+
+
+def receive(data: Buffer, decoder: Decoder, receiver: Receiver, link: Link) -> None:
+    """Octets came in: hand over the frames in them. What is not serveit's ends the link, after the
+    frames that came whole before it."""
+    try:
+        frames = decoder.feed(data)
+    except ProtocolError as error:
+        _refuse(link, error)
+        return
+    deliver(frames, receiver, link)
+    if decoder.error is not None and not link.closed:
+        _refuse(link, decoder.error)
 
 
 def deliver(frames: Iterable[Frame], receiver: Receiver, link: Link) -> None:
-    """Hand decoded frames to a receiver.
+    """Hand decoded frames to a receiver until it closes the link.
 
     An exception in the handling of one frame must not cost the others theirs: it is logged. A
     `ProtocolError` is the peer's fault and ends the link.
     """
     for frame in frames:
+        if link.closed:
+            return
         try:
             receiver.frame_received(frame)
         except ProtocolError as error:
-            logger.warning("closing a link: %s", error)
-            link.close()
+            _refuse(link, error)
             return
         except Exception:
             logger.exception("a frame of type %d could not be handled", frame.type)
+
+
+def lose(receiver: Receiver, error: BaseException | None) -> None:
+    """Tell a receiver that its link is gone; what it makes of that must not keep others from hearing."""
+    try:
+        receiver.link_lost(error)
+    except Exception:
+        logger.exception("the loss of a link could not be handled")
+
+
+def _refuse(link: Link, error: ProtocolError) -> None:
+    logger.warning("closing a link: %s", error)
+    link.close()

@@ -8,9 +8,8 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from serveit.exceptions import ProtocolError
 from serveit.wire.frames import Buffer, Decoder, encode_frame
-from serveit.wire.link import deliver, logger
+from serveit.wire.link import lose, receive
 
 if TYPE_CHECKING:
     from serveit.wire.link import Receiver
@@ -43,30 +42,25 @@ class MemoryLink:
         if self.closed:
             return
         self.closed = True
+        # After the `_write` of what was sent before.
         self._loop.call_soon(self._shut)
+
+    def data_received(self, data: bytes) -> None:
+        """Octets from the other end, cut anywhere."""
+        if self.receiver is not None and not self.closed:
+            receive(data, self._decoder, self.receiver, self)
 
     def _write(self) -> None:
         self._flush_scheduled = False
         outbox, self._outbox = self._outbox, []
         self._peer.data_received(outbox[0] if len(outbox) == 1 else b"".join(outbox))
 
-    def data_received(self, data: bytes) -> None:
-        if self.receiver is None or not data:
-            return
-        try:
-            frames = self._decoder.feed(data)
-        except ProtocolError as error:
-            logger.warning("closing a link: %s", error)
-            self.close()
-            return
-        deliver(frames, self.receiver, self)
-
     def _shut(self) -> None:
         for end in (self, self._peer):
             end.closed = True
             receiver, end.receiver = end.receiver, None
             if receiver is not None:
-                receiver.link_lost(None)
+                lose(receiver, None)
 
 
 def memory_pair() -> tuple[MemoryLink, MemoryLink]:

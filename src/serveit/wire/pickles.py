@@ -8,13 +8,20 @@ from __future__ import annotations
 import pickle
 from typing import TYPE_CHECKING, Any
 
-from serveit.exceptions import EncodingError, RemoteError, RemoteTraceback
+from serveit.exceptions import EncodingError, ProtocolError, RemoteError, RemoteTraceback
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from serveit.types import Executed
     from serveit.wire.frames import Buffer, Failure
+
+MIN_OUTSIDE = 4 * 1024
+"""Smaller buffers stay in the pickle: copying them costs less than a frame of their own, and their
+sizes have to fit the metadata, were there a hundred thousand."""
+
+MAX_OUTSIDE = 1_000
+"""So many buffers out of band at most, for the same reason."""
 
 
 def dump(
@@ -29,65 +36,101 @@ def dump(
         inline: keep large buffers in the pickle; it is then the only buffer.
 
     Returns:
-        The sizes of the buffers, and the buffers: first the pickle, then what it refers to.
+        The sizes of the buffers, and the buffers: first the pickle, then what it refers to. These
+        are the value's own memory, not copies.
 
     Raises:
         EncodingError: it does not pickle.
     """
-    outside: list[pickle.PickleBuffer] = []
+    outside: list[memoryview] = []
+
+    def stays(buffer: pickle.PickleBuffer) -> bool:
+        raw = buffer.raw()
+        if raw.nbytes < MIN_OUTSIDE or len(outside) >= MAX_OUTSIDE:
+            return True
+        outside.append(raw)
+        return False
+
     try:
-        head = pickle.dumps(value, protocol=5, buffer_callback=None if inline else outside.append)
-        buffers: list[Buffer] = [head, *(buffer.raw() for buffer in outside)]
+        head = pickle.dumps(value, protocol=5, buffer_callback=None if inline else stays)
     except Exception as error:
         raise EncodingError(
             f"{what} cannot be pickled ({type(error).__name__}: {error})", executed=executed
         ) from error
-    return [buffer.nbytes if isinstance(buffer, memoryview) else len(buffer) for buffer in buffers], buffers
+    return [len(head), *(raw.nbytes for raw in outside)], [head, *outside]
 
 
 def load(sizes: Sequence[int], body: Buffer) -> Any:
-    """The value again. Arrays in it own their memory and are writable, as after a plain pickle."""
-    if len(sizes) <= 1:
-        return pickle.loads(body)
+    """The value again; arrays that were writable are so here too, and share `body` if it is a bytearray.
+
+    Args:
+        sizes: as `dump` gave them; none for a pickle alone.
+        body: the buffers, one after the other.
+
+    Raises:
+        ProtocolError: the sizes contradict the body.
+        Exception: whatever unpickling raises, with a note that says so.
+    """
+    if not sizes:
+        return _loads(body, ())
+    if min(sizes) < 0 or sum(sizes) != len(body):
+        raise ProtocolError(
+            f"a pickle and its buffers are said to have {list(sizes)[:8]} octets, but {len(body):,} came"
+        )
+    if len(sizes) == 1:
+        return _loads(body, ())
     view = memoryview(body if isinstance(body, bytearray) else bytearray(body))
     buffers: list[memoryview] = []
     position = sizes[0]
     for size in sizes[1:]:
         buffers.append(view[position : position + size])
         position += size
-    return pickle.loads(view[: sizes[0]], buffers=buffers)
+    return _loads(view[: sizes[0]], buffers)
+
+
+def _loads(octets: Buffer, buffers: Sequence[memoryview]) -> Any:
+    try:
+        return pickle.loads(octets, buffers=buffers)
+    except Exception as error:
+        error.add_note("(while unpickling what came from the other process: its classes have to exist here)")
+        raise
 
 
 def dump_exception(error: BaseException, limit: int) -> bytes:
     """The pickled exception; empty if it does not pickle, or not into `limit` octets, or does not
-    come back from its pickle."""
+    come back from its pickle as what it was."""
     try:
         pickled = pickle.dumps(error, protocol=5)
-        pickle.loads(pickled)
-    except Exception:
+        comes_back = len(pickled) <= limit and type(pickle.loads(pickled)) is type(error)
+    except BaseException:  # whatever user code's `__reduce__` and constructor do, a SystemExit too
         return b""
-    return pickled if len(pickled) <= limit else b""
+    return pickled if comes_back else b""
 
 
-def load_exception(failure: Failure, body: bytes) -> BaseException:
+def load_exception(failure: Failure, body: bytes) -> Exception:
     """What a replica's ERROR means here: the original exception, or a RemoteError that describes it.
 
     The replica's traceback is its cause, and `executed` is what the replica said, whatever the
-    exception's class: a QueueFull that user code raised is not one of this caller's router.
+    exception's class: a QueueFull that user code raised is not one of this caller's router. What
+    would do something else here than fail the call (SystemExit and CancelledError; StopIteration,
+    which no future takes) is described.
     """
-    error: Any = None
-    if body:
-        try:
-            error = pickle.loads(body)
-        except Exception:
-            error = None
-    if not isinstance(error, BaseException):
+    error = _rebuild(body) if body else None
+    if error is None:
         error = RemoteError(f"{failure.kind}: {failure.text}", failure.traceback)
-    rebuilt: BaseException = error
-    if failure.traceback:
-        rebuilt.__cause__ = RemoteTraceback(failure.traceback)
     try:
-        error.executed = failure.executed
+        # Past a `__setattr__` of its class's own.
+        if failure.traceback:
+            Exception.__setattr__(error, "__cause__", RemoteTraceback(failure.traceback))
+        Exception.__setattr__(error, "executed", failure.executed)
     except AttributeError:
-        pass  # an exception with __slots__
-    return rebuilt
+        pass  # a read-only property of that name
+    return error
+
+
+def _rebuild(body: bytes) -> Exception | None:
+    try:
+        error = pickle.loads(body)
+    except BaseException:  # a peer's octets must not end this process, whatever they unpickle to
+        return None
+    return error if isinstance(error, Exception) and not isinstance(error, StopIteration) else None

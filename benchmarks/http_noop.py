@@ -1,0 +1,171 @@
+"""What does serveit cost over HTTP? A no-op handler on bare uvicorn + Starlette and on serveit, by `wrk`.
+
+Both servers run in one process each, with the same settings of uvicorn, and are asked in turns in one run:
+bare, serveit, bare, serveit, ... The ratio of the medians says more than the figures of either.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from urllib.request import urlopen
+
+from report import Report, command_line, command_of
+
+SERVERS = Path(__file__).parent / "servers"
+BARE, SERVEIT = "uvicorn + Starlette", "serveit --local"
+CONNECTIONS = [64, 1]
+START_S = 20.0
+UNITS_MS = {"us": 0.001, "ms": 1.0, "s": 1000.0, "m": 60_000.0}
+
+NOTES = (
+    "Medians of all rounds; `wrk` runs on the same machine, with one thread. Latency is what `wrk` sees.",
+    "The same handler (an `async def` that gives two letters as text/plain), the same body, the same "
+    "settings of uvicorn: uvloop, httptools, no access log, no websockets. Both servers stay up during the "
+    "whole run; the one that is not asked is idle.",
+    "On top of the bare server serveit does what it does for every request, nothing is switched off: a "
+    "request id (sent back as `x-request-id`), limits of header and body, a deadline of 60 s, a bounded "
+    "queue, admission by the replica, cancelling when the client leaves, and encoding to and from wire "
+    "frames.",
+)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One run of wrk."""
+
+    server: str
+    connections: int
+    per_second: float
+    p50_ms: float
+    p99_ms: float
+
+
+def main() -> None:
+    parser = command_line(__doc__, seconds=5, rounds=3)
+    parser.add_argument("--connections", type=int, nargs="+", default=CONNECTIONS, help="(%(default)s)")
+    options = parser.parse_args()
+    if shutil.which("wrk") is None:
+        sys.exit("http_noop.py: wrk, which sends the requests, is missing: apt-get install wrk")
+    with contextlib.ExitStack() as stack:
+        urls = {BARE: stack.enter_context(bare()), SERVEIT: stack.enter_context(serveit())}
+        check_same_answer(urls)
+        for url in urls.values():
+            wrk(url, 64, seconds=1)  # warm up
+        measured = [
+            Measurement(server, connections, *wrk(url, connections, options.seconds))
+            for connections in options.connections
+            for _ in range(options.rounds)
+            for server, url in urls.items()
+        ]
+    rows = [row for connections in options.connections for row in summarise(measured, connections)]
+    head = ["connections", "server", "requests/s", "p50 ms", "p99 ms"]
+    command = command_of("http_noop.py", options)
+    if options.connections != CONNECTIONS:
+        command += " --connections " + " ".join(map(str, options.connections))
+    title = "HTTP no-op: bare uvicorn + Starlette and serveit, in turns"
+    report = Report(title, command, NOTES, head, rows, [asdict(one) for one in measured])
+    report.publish("http_noop", options)
+
+
+def summarise(measured: list[Measurement], connections: int) -> Iterator[list[str]]:
+    """A row for each server, and one with the ratio of their medians."""
+    medians = {}
+    for server in (BARE, SERVEIT):
+        own = [one for one in measured if (one.server, one.connections) == (server, connections)]
+        figures = [(one.per_second, one.p50_ms, one.p99_ms) for one in own]
+        medians[server] = [statistics.median(column) for column in zip(*figures, strict=True)]
+        rate, p50, p99 = medians[server]
+        yield [str(connections), server, f"{rate:,.0f}", f"{p50:.3f}", f"{p99:.3f}"]
+    ratios = [ours / bare for ours, bare in zip(medians[SERVEIT], medians[BARE], strict=True)]
+    yield [str(connections), "**serveit / bare**", *(f"**{ratio:.2f}**" for ratio in ratios)]
+
+
+# -- the servers -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def bare() -> Iterator[str]:
+    port = free_port()
+    with running([sys.executable, str(SERVERS / "noop_starlette.py"), str(port)], port) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def serveit() -> Iterator[str]:
+    port = free_port()
+    target = str(SERVERS / "noop_serveit.py")
+    command = [sys.executable, "-m", "serveit", "run", target, "--local", "--port", str(port)]
+    with running(command, port) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def running(command: list[str], port: int) -> Iterator[str]:
+    """The server, from its first answer on."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + START_S
+        while not answers(port):
+            if process.poll() is not None or time.monotonic() > deadline:
+                sys.exit(f"http_noop.py: this does not start: {' '.join(command)}")
+            time.sleep(0.05)
+        yield f"http://127.0.0.1:{port}/"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+def answers(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False
+
+
+def check_same_answer(urls: dict[str, str]) -> None:
+    seen = set()
+    for url in urls.values():
+        with urlopen(url, timeout=5) as answer:
+            seen.add((answer.status, answer.headers["content-type"], answer.read()))
+    if len(seen) != 1:
+        sys.exit(f"http_noop.py: the servers do not answer the same: {seen}")
+
+
+# -- wrk -------------------------------------------------------------------------------------------
+
+
+def wrk(url: str, connections: int, seconds: int) -> tuple[float, float, float]:
+    """Requests/s, and the median and 99th percentile of the latency in milliseconds."""
+    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", url]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    if "Non-2xx" in output or "Socket errors" in output:
+        sys.exit(f"http_noop.py: not all requests were answered\n{output}")
+    rate = re.search(r"Requests/sec: +([\d.]+)", output)
+    assert rate is not None, output
+    return float(rate[1]), percentile(output, 50), percentile(output, 99)
+
+
+def percentile(output: str, percent: int) -> float:
+    found = re.search(rf"^ +{percent}% +([\d.]+)([a-z]+)$", output, re.MULTILINE)
+    assert found is not None, output
+    return float(found[1]) * UNITS_MS[found[2]]
+
+
+if __name__ == "__main__":
+    main()

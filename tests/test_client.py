@@ -1,0 +1,355 @@
+"""`serve`, `run` and the clients that they give."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serveit import App, HTTPOptions, NeedsRay, NotServing, SyncHandle, run, serve
+from serveit.client import Client, SyncClient
+from serveit.signals import StopSignals
+from serveit.web.proxy import bind
+from tests.support import wait_until
+
+
+def make_app() -> App:
+    app = App()
+
+    @app.route("/double/<value:int>")
+    async def double(value: int) -> int:
+        return 2 * value
+
+    @app.backend
+    def slow(seconds: float) -> str:
+        time.sleep(seconds)
+        return "slept"
+
+    return app
+
+
+def broken_app() -> App:
+    app = App()
+
+    @app.backend
+    class Broken:
+        def __call__(self) -> None: ...
+
+        def setup(self) -> None:
+            raise LookupError("no such model")
+
+    return app
+
+
+def fetch(url: str) -> bytes:
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        body: bytes = answer.read()
+    return body
+
+
+# -- async with ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("http", [{"port": 0}, HTTPOptions(port=0)])
+async def test_serving_from_a_loop(http: Any) -> None:
+    async with serve(make_app(), local=True, http=http) as client:
+        assert isinstance(client, Client) and client.url is not None
+        assert await asyncio.to_thread(fetch, f"{client.url}/double/4") == b"8"
+        assert await client.get_handle("double").call(4) == 8
+        assert await client.get_handle("/double/<value:int>").call(4) == 8
+        blocking = client.get_handle("double", sync=True)
+        assert isinstance(blocking, SyncHandle) and await asyncio.to_thread(blocking.call, 4) == 8
+        assert repr(client) == f"<Client {client.url}>"
+        with pytest.raises(KeyError, match="no backend or endpoint 'duoble': did you mean 'double'?"):
+            client.get_handle("duoble")
+    with pytest.raises(NotServing, match="'double' has been shut down"):
+        await client.get_handle("double").call(4)
+
+
+async def test_status() -> None:
+    async with serve(make_app(), local=True, http={"location": None}, name="mine") as client:
+        idle = {"running": 0, "waiting": 0}
+        assert client.status() == {
+            "app": "mine",
+            "url": None,
+            "backends": {"double": {"double#1": idle}, "slow": {"slow#1": idle}},
+        }
+        call = asyncio.ensure_future(client.get_handle("slow").call(0.05))
+        await wait_until(
+            lambda: client.status()["backends"]["slow"]["slow#1"]["running"], 5, "a running call"
+        )
+        assert await call == "slept"
+    assert client.url is None and repr(client) == "<Client without HTTP>"
+
+
+async def test_a_prefix_and_a_socket_of_one_s_own() -> None:
+    sock = bind(HTTPOptions(port=0))
+    port = sock.getsockname()[1]
+    async with serve(make_app(), local=True, prefix="/v1", sock=sock) as client:
+        assert client.url == f"http://127.0.0.1:{port}"
+        assert await asyncio.to_thread(fetch, f"{client.url}/v1/double/2") == b"4"
+
+
+async def test_one_serving_is_for_one_time() -> None:
+    serving = serve(make_app(), local=True, http={"location": None})
+    async with serving:
+        with pytest.raises(RuntimeError, match="entered already"):
+            await serving.__aenter__()
+    async with serving as client:  # again, one after the other
+        assert await client.get_handle("double").call(1) == 2
+
+
+async def test_a_start_that_fails_says_why() -> None:
+    serving = serve(broken_app(), local=True, http={"port": 0})
+    for _ in range(2):
+        with pytest.raises(LookupError, match="no such model") as caught:
+            await serving.__aenter__()
+        assert caught.value.__notes__ == ["(while replica Broken#1 of app 'default' started)"]
+    await serving.__aexit__(None, None, None)
+
+
+def test_what_is_refused() -> None:
+    app, wrong = make_app(), object()
+    with pytest.raises(TypeError, match="expected a serveit.App, got object"):
+        serve(wrong, local=True)  # type: ignore[arg-type]
+    for prefix in ("v1", "/v1/"):
+        with pytest.raises(ValueError, match="prefix must start with '/'"):
+            serve(app, local=True, prefix=prefix)
+    with pytest.raises(NeedsRay, match=r"local=True \(or --local\)"):
+        serve(app)
+    with pytest.raises(TypeError, match="did you mean 'port'?"):
+        serve(app, local=True, http={"prot": 1})
+
+
+# -- with ------------------------------------------------------------------------------------
+
+
+def test_serving_without_a_loop() -> None:
+    with serve(make_app(), local=True, http={"port": 0}) as client:
+        assert isinstance(client, SyncClient) and repr(client) == f"<SyncClient {client.url}>"
+        assert client.get_handle("double").call(4) == 8
+        assert fetch(f"{client.url}/double/5") == b"10"
+        assert client.status()["backends"].keys() == {"double", "slow"}
+
+
+def test_an_error_inside_ends_it() -> None:
+    with contextlib.suppress(ZeroDivisionError), serve(make_app(), local=True, http={"port": 0}) as client:
+        _ = 1 / 0
+    assert client.status()["app"] == "default"
+    with pytest.raises(NotServing, match="has been shut down"):
+        client.get_handle("double").call(1)
+
+
+def test_a_start_that_fails_without_a_loop() -> None:
+    with pytest.raises(LookupError, match="no such model"), serve(broken_app(), local=True, http={"port": 0}):
+        pass
+
+
+async def test_a_loop_needs_async_with() -> None:
+    with pytest.raises(RuntimeError, match=r"an event loop is running.*async with serveit\.serve"):
+        serve(make_app(), local=True).__enter__()
+    with pytest.raises(RuntimeError, match=r"async with serveit\.serve"):
+        run(make_app(), local=True)
+
+
+# -- run -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_run_until_a_signal(number: int) -> None:
+    handlers = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)]
+    answers = []
+
+    def on_ready(client: Client) -> None:
+        def ask() -> None:
+            answers.append(fetch(f"{client.url}/double/3"))
+            signal.pthread_kill(threading.main_thread().ident or 0, number)
+
+        threading.Thread(target=ask, daemon=True).start()
+
+    run(make_app(), local=True, http={"port": 0}, on_ready=on_ready)
+    assert answers == [b"6"]
+    assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)] == handlers
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_run_raises_what_the_start_raises() -> None:
+    with pytest.raises(LookupError, match="no such model"):
+        run(broken_app(), local=True, http={"port": 0})
+
+
+def test_run_ends_with_what_on_ready_raises() -> None:
+    def on_ready(client: Client) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run(make_app(), local=True, http={"port": 0}, on_ready=on_ready)
+
+
+@pytest.mark.parametrize("answer", ["is cancelled", "raises", "goes on"])
+def test_a_signal_while_it_starts(answer: str) -> None:
+    app = App()
+    closed = []
+
+    @app.backend
+    class Starting:
+        async def __call__(self) -> None: ...
+
+        async def setup(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                if answer == "raises":
+                    raise ValueError("stopped") from None
+                if answer == "is cancelled":
+                    raise
+
+        def close(self) -> None:
+            closed.append(True)
+
+    run(app, local=True, http={"port": 0})
+    assert closed == [True]
+
+
+def test_a_signal_before_the_loop_runs() -> None:
+    with StopSignals(1.0) as signals:
+        signal.raise_signal(signal.SIGTERM)
+
+        async def main() -> bool:
+            return signals.attach().is_set()
+
+        assert asyncio.run(main())
+        assert signal.getitimer(signal.ITIMER_REAL)[0] > 0
+
+
+def test_a_signal_after_the_loop_has_ended() -> None:
+    async def main(signals: StopSignals) -> None:
+        signals.attach()
+
+    with StopSignals(1.0) as signals:
+        asyncio.run(main(signals))
+        signal.raise_signal(signal.SIGTERM)
+
+
+class Exit(BaseException):
+    """What `os._exit` is in this process."""
+
+
+def test_the_second_signal_and_the_end_of_patience(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def leave(code: int) -> None:
+        raise Exit(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    with StopSignals(1.0):
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(Exit, match="143"):
+            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Exit, match="0"):
+            signal.raise_signal(signal.SIGALRM)
+    assert capfd.readouterr().err == "stopped, without waiting for code that still runs\n"
+
+
+def test_handlers_of_another_language_become_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    signals = StopSignals(1.0)
+    with signals:
+        signals._previous[signal.SIGTERM] = None  # as for a handler that Python did not set
+    assert signal.signal(signal.SIGTERM, before) == signal.SIG_DFL
+
+
+def test_run_without_uvloop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "uvloop", None)
+    app, kinds = App(), []
+
+    @app.backend
+    class Model:
+        async def __call__(self) -> None: ...
+
+        async def setup(self) -> None:
+            kinds.append(type(asyncio.get_running_loop()).__module__)
+            asyncio.get_running_loop().call_later(0.01, signal.raise_signal, signal.SIGINT)
+
+    run(app, local=True, http={"port": 0})
+    assert kinds[0].startswith("asyncio.")
+
+
+def test_run_is_for_the_main_thread() -> None:
+    caught: list[BaseException] = []
+
+    def elsewhere() -> None:
+        try:
+            run(make_app(), local=True)
+        except RuntimeError as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert "`with serveit.serve(...)`" in str(caught[0])
+
+
+PROGRAM = """
+import sys, time
+from serveit import App, run
+
+app = App()
+
+@app.backend
+class Slow:
+    {kind} __call__(self): ...
+    def __init__(self):
+        print("constructing", flush=True)
+        time.sleep(60)
+
+run(app, local=True, http={{"location": None}})
+"""
+
+
+@pytest.mark.parametrize("kind", ["def", "async def"])  # in a thread, and on the loop
+def test_a_constructor_does_not_hold_up_the_end(kind: str, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM.format(kind=kind))
+    with subprocess.Popen(
+        [sys.executable, str(program)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "constructing\n"
+        asked = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=20)
+    assert process.returncode == 0 and "without waiting" in errors
+    assert time.monotonic() - asked < 5
+
+
+def test_the_second_signal_ends_at_once(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import time\nfrom serveit import App, run\napp = App()\n"
+        "@app.route('/')\nasync def ready() -> str: return 'yes'\n"
+        "@app.route('/slow')\ndef slow() -> None:\n    print('slow', flush=True); time.sleep(60)\n"
+        "run(app, local=True, http={'port': 0}, on_ready=lambda client: print(client.url, flush=True))\n"
+    )
+    with subprocess.Popen([sys.executable, str(program)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        host, _, port = process.stdout.readline().strip().removeprefix("http://").partition(":")
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(b"GET /slow HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert process.stdout.readline() == "slow\n"
+            process.send_signal(signal.SIGINT)
+            with pytest.raises(subprocess.TimeoutExpired):  # it waits for the request
+                process.wait(0.5)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(5) == 130

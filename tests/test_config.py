@@ -1,0 +1,112 @@
+"""The records of options: defaults, checks, and what they are made from."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from serveit import BackendConfig, HTTPOptions
+from serveit.config import did_you_mean
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"num_replicas": 0}, ValueError, "num_replicas must be ≥ 1, got 0"),
+        ({"num_replicas": True}, TypeError, "num_replicas must be an int, got True"),
+        ({"num_threads": 1.5}, TypeError, "num_threads must be an int, got 1.5"),
+        ({"max_batch_size": 0}, ValueError, "max_batch_size must be ≥ 1, got 0"),
+        ({"max_ongoing_requests": "3"}, TypeError, "max_ongoing_requests must be an int, got '3'"),
+        ({"max_queued_requests": -1}, ValueError, "max_queued_requests must be ≥ 0, got -1"),
+        ({"graceful_shutdown_timeout_s": math.inf}, ValueError, "≥ 0 and finite, got inf"),
+        ({"request_timeout_s": 0}, ValueError, "request_timeout_s must be > 0 and finite"),
+        ({"request_timeout_s": math.nan}, ValueError, "finite, got nan"),
+        ({"batch_wait_timeout_s": "1"}, TypeError, "a number of seconds, got '1'"),
+        ({"batch_wait_timeout_s": 1}, ValueError, "batch_wait_timeout_s needs max_batch_size"),
+        ({"max_concurrent_batches": 2}, ValueError, "max_concurrent_batches needs max_batch_size"),
+        ({"batch_methods": ["x"]}, ValueError, "batch_methods needs max_batch_size"),
+        ({"batch_methods": "x"}, TypeError, "a sequence of method names, got 'x'"),
+        ({"batch_methods": 3}, TypeError, "a sequence of method names, got 3"),
+        ({"batch_methods": [3]}, TypeError, "a sequence of method names"),
+        ({"max_batch_size": 2, "batch_methods": []}, ValueError, "leave max_batch_size out"),
+        ({"max_batch_size": 4, "max_ongoing_requests": 3}, ValueError, r"≥ max_batch_size \(4\), got 3"),
+    ],
+)
+def test_what_a_backend_refuses(options: dict[str, Any], error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        BackendConfig(**options)
+
+
+def test_batch_methods_are_kept_as_a_tuple() -> None:
+    methods: Any = ["one", "two"]
+    assert BackendConfig(max_batch_size=1, batch_methods=methods).batch_methods == ("one", "two")
+
+
+def test_limits_that_are_none() -> None:
+    config = BackendConfig(max_queued_requests=0, request_timeout_s=None)
+    assert (config.max_queued_requests, config.request_timeout_s) == (0, None)
+
+
+def test_the_limit_of_running_requests() -> None:
+    assert BackendConfig().ongoing_limit(is_async=True) == 100
+    assert BackendConfig(num_threads=3).ongoing_limit(is_async=False) == 3
+    assert BackendConfig(max_batch_size=8, max_concurrent_batches=2).ongoing_limit(is_async=True) == 32
+    assert BackendConfig(max_ongoing_requests=7).ongoing_limit(is_async=False) == 7
+    assert BackendConfig().prefetch == 1 and BackendConfig(max_batch_size=8).prefetch == 8
+
+
+def test_merge_checks_the_whole() -> None:
+    config = BackendConfig(max_batch_size=4)
+    assert config.merge(num_replicas=2) == BackendConfig(max_batch_size=4, num_replicas=2)
+    with pytest.raises(ValueError, match="max_ongoing_requests"):
+        config.merge(max_ongoing_requests=1)
+    with pytest.raises(TypeError, match="did you mean 'num_replicas'?"):
+        config.merge(replicas=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"host": ""}, TypeError, "host must be an address or a name, got ''"),
+        ({"host": 3}, TypeError, "host must be"),
+        ({"port": -1}, ValueError, "port must be ≥ 0"),
+        ({"port": 65_536}, ValueError, "port must be ≤ 65535"),
+        ({"port": "80"}, TypeError, "port must be an int"),
+        ({"location": "Everywhere"}, ValueError, "'HeadOnly', 'EveryNode', 'NoServer', None"),
+        ({"root_path": "api"}, ValueError, "root_path must start with '/'"),
+        ({"root_path": "/api/"}, ValueError, "not end with one"),
+        ({"middlewares": "a:b"}, TypeError, "a list of factories, got 'a:b'"),
+        ({"middlewares": 3}, TypeError, "a list of factories"),
+        ({"ssl_keyfile": "key.pem"}, ValueError, "needs ssl_certfile"),
+        ({"max_body_bytes": 0}, ValueError, "max_body_bytes must be ≥ 1"),
+        ({"keep_alive_s": -1}, ValueError, "keep_alive_s must be ≥ 0"),
+    ],
+)
+def test_what_a_server_refuses(options: dict[str, Any], error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        HTTPOptions.parse(options)
+
+
+def test_http_options_from_what_is_given() -> None:
+    options = HTTPOptions(port=0)
+    assert HTTPOptions.parse(None) == HTTPOptions()
+    assert HTTPOptions.parse(options) is options
+    assert HTTPOptions.parse({"port": 0}) == options
+    wrong: Any = "8000"
+    with pytest.raises(TypeError, match="HTTPOptions or a dict, got str"):
+        HTTPOptions.parse(wrong)
+    with pytest.raises(TypeError, match="HTTPOptions has no option 'prot': did you mean 'port'?"):
+        HTTPOptions.parse({"prot": 1})
+
+
+def test_whether_there_is_a_server() -> None:
+    assert HTTPOptions().serves and HTTPOptions(location="EveryNode").serves
+    assert not HTTPOptions(location=None).serves and not HTTPOptions(location="NoServer").serves
+
+
+def test_did_you_mean() -> None:
+    assert did_you_mean("prot", ["port", "host"]) == "did you mean 'port'?"
+    assert did_you_mean("x", ["port", "host"]) == "there is 'host', 'port'"
+    assert did_you_mean("x", []) == "there is none"

@@ -1,0 +1,134 @@
+"""README.md: every block of Python in it runs and does what is shown below it, and its tables are true."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import inspect
+import re
+import shlex
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import pytest
+
+import serveit
+from serveit.testing import TestClient
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+UNLISTED = {"ServeitError", "Rejected", "NeedsRay", "ItemErrors", "ImportFailed", "ProtocolError"}
+"""Bases, and what is no outcome of a request."""
+
+
+class Block(NamedTuple):
+    """A fenced block: its language and text."""
+
+    language: str
+    text: str
+
+
+BLOCKS = [Block(*found) for found in re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)]
+PYTHON = [index for index, block in enumerate(BLOCKS) if block.language == "python"]
+
+
+def run_block(text: str, name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The block as a module of that name."""
+    module = ModuleType(name)
+    monkeypatch.setitem(sys.modules, name, module)
+    exec(compile(text, f"README.md ({name})", "exec"), vars(module))
+    return module
+
+
+def shown_requests(console: str) -> list[tuple[str, str]]:
+    """The curl commands of a console block, each with the output below it."""
+    found = re.findall(r"^\$ (.+)\n((?:(?!\$ ).*\n)*)", console, re.MULTILINE)
+    return [(command, output) for command, output in found if command.startswith("curl ")]
+
+
+def curl(client: TestClient, command: str) -> str:
+    """What `curl` would print, asked of the test client."""
+    words = iter(shlex.split(command)[1:])
+    method, headers, body, url = "GET", {}, None, ""
+    for word in words:
+        if word == "-H":
+            name, _, value = next(words).partition(": ")
+            headers[name] = value
+        elif word == "-d":
+            method, body = "POST", next(words)
+        elif word != "-N":
+            assert word.startswith("localhost:8000/"), f"{word!r} in {command!r}"
+            url = word.removeprefix("localhost:8000")
+    return client.request(method, url, headers=headers, content=body).text
+
+
+@pytest.mark.parametrize("index", PYTHON, ids=lambda index: f"block {index}")
+def test_blocks_do_what_is_shown(
+    index: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    block, following = [*BLOCKS, Block("", "")][index : index + 2]
+    if "from app import app" in block.text:
+        run_block(BLOCKS[PYTHON[PYTHON.index(index) - 1]].text, "app", monkeypatch)
+    module = run_block(block.text, "app_of_readme", monkeypatch)
+    tests = [test for name, test in vars(module).items() if name.startswith("test_")]
+    if tests:
+        for test in tests:
+            asyncio.run(test()) if inspect.iscoroutinefunction(test) else test()
+    elif following.language == "text":
+        assert capsys.readouterr().out == following.text
+    else:
+        assert following.language == "console", "nothing shows what the block does"
+        with TestClient(module.app) as client:
+            requests = shown_requests(following.text)
+            assert requests
+            for command, output in requests:
+                assert curl(client, command).rstrip("\n") == output.rstrip("\n"), command
+
+
+def test_first_block_is_the_hello_example() -> None:
+    assert BLOCKS[0].text == (ROOT / "examples/hello/app.py").read_text(encoding="utf-8")
+
+
+def test_commands_name_files_that_are_there() -> None:
+    commands = [line[2:] for block in BLOCKS for line in block.text.splitlines() if line.startswith("$ ")]
+    paths = [word for command in commands for word in shlex.split(command) if re.match(r"[.\w]+/", word)]
+    own = [path for path in paths if not path.startswith((".venv/", "localhost"))]
+    assert {"scripts/install", ".ci/run", "examples/digits/app.py", "examples/hello/app.py"} <= {*own}
+    assert all((ROOT / path).is_file() for path in own), own
+
+
+def test_links_lead_somewhere() -> None:
+    targets = re.findall(r"\]\(([^)#]+)\)", README)
+    assert targets
+    assert [target for target in targets if "://" not in target and not (ROOT / target).exists()] == []
+
+
+def rows(heading: str) -> list[list[str]]:
+    """The cells of the first table below a heading or sentence, without its two head lines."""
+    table = README[README.index(heading) :]
+    lines = table[table.index("\n|") + 1 :].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip().strip("`") for cell in line.strip("|").split(" | ")] for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("heading", "record"),
+    [("Of a backend,", serveit.BackendConfig), ("Of the HTTP server,", serveit.HTTPOptions)],
+    ids=["BackendConfig", "HTTPOptions"],
+)
+def test_tables_of_options_are_complete(heading: str, record: Any) -> None:
+    documented = [tuple(row[:2]) for row in rows(heading)]
+    assert documented == [(field.name, repr(field.default)) for field in dataclasses.fields(record)]
+
+
+def test_table_of_errors_is_true_and_complete() -> None:
+    documented = {name: (int(status), executed) for name, status, executed, _ in rows("## Errors")}
+    public = {name: getattr(serveit, name) for name in serveit.__all__}
+    errors = {
+        name: (error.status, error.default_executed)
+        for name, error in public.items()
+        if inspect.isclass(error) and issubclass(error, serveit.ServeitError) and name not in UNLISTED
+    }
+    assert documented == errors

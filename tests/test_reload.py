@@ -1,0 +1,265 @@
+"""`--reload`: the new code answers once it is saved, and nobody is turned away meanwhile."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+from serveit import HTTPOptions, reload
+from serveit.web.proxy import bind
+from tests.commands import Command, fetch, serveit
+
+APP = """
+import os
+from serveit import App
+app = App()
+
+@app.route("/")
+async def version() -> str:
+    return "{version}"
+
+@app.route("/pid")
+async def pid() -> int:
+    return os.getpid()
+
+@app.route("/die")
+async def die() -> None:
+    os._exit(7)
+"""
+STARTING = "starting the new code"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save(tmp_path, "one")
+    return tmp_path
+
+
+def save(folder: Path, version: str) -> None:
+    """As editors do: in one step."""
+    written = folder / "main.tmp"
+    written.write_text(APP.format(version=version) if version.isalpha() else version)
+    written.rename(folder / "main.py")
+
+
+@pytest.fixture
+def command(folder: Path) -> Iterator[Command]:
+    with serveit("run", "main:app", "--local", "--port", "0", "--reload", folder=folder) as started:
+        yield started
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def until(predicate: object, what: str, timeout_s: float = 10) -> None:
+    assert callable(predicate)
+    deadline = time.monotonic() + timeout_s
+    while not predicate():
+        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
+        time.sleep(0.01)
+
+
+class Asking:
+    """A client that asks without pause, each time on a connection of its own."""
+
+    def __init__(self, url: str) -> None:
+        self.answers: list[str] = []
+        self._url = url
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._ask)
+
+    def __enter__(self) -> Asking:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _ask(self) -> None:
+        while not self._end.is_set():
+            try:
+                with urllib.request.urlopen(self._url, timeout=10) as answer:
+                    self.answers.append(answer.read().decode())
+            except OSError as error:
+                self.answers.append(repr(error))
+
+
+def test_the_new_code_answers_and_nobody_is_refused(folder: Path, command: Command) -> None:
+    url = command.url()
+    with Asking(url) as client:
+        for version in ("two", "three"):
+            save(folder, version)
+            command.wait_for(rf"^main\.py changed: {STARTING}")
+            assert command.url() == url
+            until(lambda version=version: client.answers[-1:] == [version], f"{version} to answer")
+    order = list(dict.fromkeys(client.answers))
+    assert set(order) == {"one", "two", "three"}, order  # and nothing else: no error
+    assert command.stop() == 0
+
+
+def test_code_that_does_not_start_keeps_the_old(folder: Path, command: Command) -> None:
+    url = command.url()
+    save(folder, "def (:")
+    command.wait_for("SyntaxError")
+    command.wait_for("^the new code does not start: the old one goes on serving")
+    assert fetch(url) == "one"
+    save(folder, "two")
+    command.wait_for(STARTING)
+    command.url()
+    until(lambda: fetch(url) == "two", "the corrected code to answer")
+    assert command.stop(signal.SIGTERM) == 0
+
+
+def test_code_that_never_started_is_awaited(folder: Path) -> None:
+    save(folder, "def (:")
+    with serveit("run", "main.py", "--local", "--port", "0", "--reload", folder=folder) as command:
+        command.wait_for("Error: main.py cannot be imported")
+        save(folder, "two")
+        command.wait_for(STARTING)
+        assert fetch(command.url()) == "two"
+        assert command.stop() == 0
+
+
+def test_an_idle_one_ends_promptly(command: Command) -> None:
+    pid = int(fetch(f"{command.url()}/pid"))
+    asked = time.monotonic()
+    assert command.stop() == 0
+    assert time.monotonic() - asked <= 1.0
+    assert not is_alive(pid)
+
+
+def test_a_process_that_dies_is_said(folder: Path, command: Command) -> None:
+    url = command.url()
+    with pytest.raises(OSError):
+        fetch(f"{url}/die")
+    command.wait_for(r"the app's process has ended \(exit code 7\): saving a file starts it again")
+    save(folder, "two")
+    command.url()
+    assert fetch(url) == "two"
+    assert command.stop() == 0
+
+
+def test_the_child_ends_with_its_parent(command: Command) -> None:
+    pid = int(fetch(f"{command.url()}/pid"))
+    command.process.kill()
+    until(lambda: not is_alive(pid), "the child to end")
+
+
+def test_a_stop_while_the_new_code_starts(folder: Path, command: Command) -> None:
+    command.url()
+    save(folder, "print('importing', flush=True)\nimport time; time.sleep(60)")
+    command.wait_for("^importing$")
+    asked = time.monotonic()
+    assert command.stop() == 0
+    assert time.monotonic() - asked < 5
+
+
+def test_the_second_signal_ends_at_once(folder: Path) -> None:
+    save(folder, APP.format(version="one") + "\n@app.route('/slow')\nasync def slow() -> None:\n"
+         "    import asyncio\n    print('slow', flush=True)\n    await asyncio.sleep(60)\n")  # fmt: skip
+    with serveit("run", "main:app", "--local", "--port", "0", "--reload", folder=folder) as command:
+        url = command.url()
+        pid = int(fetch(f"{url}/pid"))
+        host, _, port = url.removeprefix("http://").partition(":")
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(b"GET /slow HTTP/1.1\r\nhost: x\r\n\r\n")
+            command.wait_for("^slow$")
+            command.process.send_signal(signal.SIGINT)
+            time.sleep(0.05)  # two that are pending at once are one
+            command.process.send_signal(signal.SIGINT)
+            assert command.end(5) == 130
+            until(lambda: not is_alive(pid), "the child to end", 5)
+
+
+def test_without_http(folder: Path) -> None:
+    arguments = ("run", "main", "--local", "--http-location", "NoServer", "--reload")
+    with serveit(*arguments, folder=folder) as command:
+        command.wait_for("^serving without HTTP")
+        assert command.stop() == 0
+
+
+# -- in this process -------------------------------------------------------------------------
+
+
+def test_an_address_in_use() -> None:
+    with bind(HTTPOptions(port=0)) as taken:
+        taken.listen()
+        with pytest.raises(click.ClickException, match="something listens there already"):
+            reload.supervise("main:app", HTTPOptions(port=taken.getsockname()[1]), [])
+
+
+def test_what_is_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, outside = tmp_path / "here" / "inner" / "app.py", tmp_path / "there" / "app.py"
+    for file in (inside, outside):
+        file.parent.mkdir(parents=True)
+        file.touch()
+    here = tmp_path / "here"
+    monkeypatch.chdir(here)
+    assert reload._folders("app:app") == [here]
+    assert reload._folders("inner/app.py:app") == [here]
+    assert reload._folders("../there/app.py") == [here, outside.parent]
+    assert reload._folders("nothing.py") == [here]
+
+
+class Deaf:
+    """A process that does not end when it is asked to."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def poll(self) -> int | None:
+        return None
+
+    def terminate(self) -> None:
+        self.calls.append("terminate")
+
+    def kill(self) -> None:
+        self.calls.append("kill")
+
+    def wait(self, timeout_s: float | None = None) -> int:
+        if timeout_s is not None:
+            raise subprocess.TimeoutExpired("deaf", timeout_s)
+        return -9
+
+
+def test_a_child_that_does_not_end_is_killed() -> None:
+    process = Deaf()
+    reload.Child(process).stop(0.01)  # type: ignore[arg-type]
+    assert process.calls == ["terminate", "kill"]
+
+
+def test_stopped_before_it_watches(tmp_path: Path) -> None:
+    with reload.Stop() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        supervisor = reload.Supervisor("nothing:app", [], None, stop)
+        supervisor.follow([tmp_path])  # no child is started
+        supervisor.close()
+
+
+def test_the_stop_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends: list[int] = []
+    monkeypatch.setattr(os, "_exit", ends.append)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with reload.Stop() as stop:
+        assert not stop.is_set()
+        os.set_blocking(stop.fileno(), False)
+        signal.raise_signal(signal.SIGINT)
+        assert stop.is_set() and os.read(stop.fileno(), 8) == b"1"
+        signal.raise_signal(signal.SIGINT)
+        assert ends == [130]
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
