@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serveit import App, DeadlineExceeded
+from serveit import App, DeadlineExceeded, ServeitError
 from serveit.testing import ManualClock, TestClient, local
 
 
@@ -139,3 +140,49 @@ def test_httpx2_is_asked_for(tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert "ImportError: serveit.testing needs httpx2" in result.stderr
     assert "pip install 'serveit[testing]'" in result.stderr
+
+
+class Marking:
+    """A middleware that marks every answer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def marked(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"].append((b"x-marked", b"yes"))
+            await send(message)
+
+        await self._app(scope, receive, marked)
+
+
+async def test_middlewares_hold_in_tests_too() -> None:
+    http = {"middlewares": ["tests.test_testing:Marking"]}
+    async with local(App(), http=http) as client:
+        assert (await client.http.get("/-/healthz")).headers["x-marked"] == "yes"
+
+
+def test_middlewares_hold_for_the_test_client_too() -> None:
+    with TestClient(App(), http={"middlewares": [Marking]}) as client:
+        assert client.get("/-/healthz").headers["x-marked"] == "yes"
+
+
+async def test_a_request_that_never_ends_does_not_keep_a_test() -> None:
+    app = App()
+    begun, ended = asyncio.Event(), asyncio.Event()
+
+    @app.backend
+    async def endless() -> None:
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    async with local(app) as client:
+        call = asyncio.ensure_future(client.get_handle("endless").call())
+        await begun.wait()
+    assert ended.is_set()
+    with pytest.raises(ServeitError):
+        await call

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from serveit.client import Client
 from serveit.config import HTTPOptions
 from serveit.local import LocalRuntime
+from serveit.web.middlewares import with_middlewares
 
 try:
     import httpx2
@@ -20,9 +21,13 @@ except ImportError as error:
     raise ImportError(f"serveit.testing needs httpx2 ({error}): pip install 'serveit[testing]'") from error
 
 if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+
     from serveit.declare.app import App
 
 _SETTLE_TICKS = 50
+_CLOSE_S = 1.0
+_LONG_S = 3600.0
 
 
 class ManualClock:
@@ -108,14 +113,25 @@ async def local(
     ```
     """
     clock = ManualClock()
-    runtime = LocalRuntime(app, name=name, prefix=prefix, http=HTTPOptions.parse(http), clock=clock)
+    options = HTTPOptions.parse(http)
+    runtime = LocalRuntime(app, name=name, prefix=prefix, http=options, clock=clock)
     await runtime.start(listen=False)
     try:
-        transport = httpx2.ASGITransport(app=runtime.ingress)
+        transport = httpx2.ASGITransport(app=with_middlewares(runtime.ingress, options))
         async with httpx2.AsyncClient(transport=transport, base_url="http://testserver") as asked:
             yield LocalClient(runtime, clock, asked)
     finally:
-        await runtime.aclose()
+        await _close(runtime, clock)
+
+
+async def _close(runtime: LocalRuntime, clock: ManualClock) -> None:
+    """Stop. The drain's limits are on the clock, which nobody advances any more: so what still runs
+    gets a moment of real time, and then all the time there is on the clock."""
+    closing = asyncio.ensure_future(runtime.aclose())
+    await asyncio.wait((closing,), timeout=_CLOSE_S)
+    while not closing.done():
+        await clock.advance(_LONG_S)
+    await closing
 
 
 class TestClient(StarletteTestClient):
@@ -150,6 +166,7 @@ class _Lifespan:
         self._app = app
         self._http = http
         self._runtime: LocalRuntime | None = None
+        self._application: ASGIApp | None = None
 
     @property
     def running(self) -> LocalRuntime:
@@ -157,9 +174,15 @@ class _Lifespan:
             raise RuntimeError("the app is not running: write `with TestClient(app) as client:`")
         return self._runtime
 
+    @property
+    def _running_application(self) -> ASGIApp:
+        if self._application is None:
+            self._application = with_middlewares(self.running.ingress, self._http)
+        return self._application
+
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "lifespan":
-            await self.running.ingress(scope, receive, send)
+            await self._running_application(scope, receive, send)
             return
         await receive()
         runtime = LocalRuntime(self._app, http=self._http)
@@ -169,6 +192,6 @@ class _Lifespan:
             await send({"type": "lifespan.startup.complete"})
             await receive()
         finally:
-            self._runtime = None
+            self._runtime = self._application = None
             await runtime.aclose()
         await send({"type": "lifespan.shutdown.complete"})

@@ -22,13 +22,17 @@ class Watchdog:
 
     A blocked loop makes every request of its process wait, health checks included, and nothing on
     the loop can report it. One log record per blockage, with the stack of the loop's thread.
+
+    It goes by a probe that the loop leaves unanswered, not by the time since the last answer: under
+    load this thread itself may get no turn for seconds, which blocks nobody.
     """
 
     def __init__(self, threshold_s: float = THRESHOLD_S) -> None:
         self._threshold_s = threshold_s
         self._stop = threading.Event()
+        self._probe = threading.Event()
         self._thread: threading.Thread | None = None
-        self._beat = 0.0
+        self.num_answered = 0
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Begin to watch; call it in the loop's thread."""
@@ -38,32 +42,30 @@ class Watchdog:
             name="serveit-watchdog",
             daemon=True,
         )
-        self._beat = time.monotonic()
         self._thread.start()
 
     def stop(self) -> None:
         self._stop.set()
+        self._probe.set()  # the loop, which may be waiting here, answers no more
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
     def _watch(self, loop: asyncio.AbstractEventLoop, loop_thread: int) -> None:
-        reported = False
         while not self._stop.wait(self._threshold_s / 4):
-            blocked_s = time.monotonic() - self._beat
-            if blocked_s >= self._threshold_s:
-                if not reported:
-                    reported = True
-                    self._report(blocked_s, loop_thread)
-                continue
-            reported = False
+            answered = self._probe = threading.Event()
+            if self._stop.is_set():  # stop() may have set the probe before this one
+                return
+            sent = time.monotonic()
             try:
-                loop.call_soon_threadsafe(self._alive)
+                loop.call_soon_threadsafe(answered.set)
             except RuntimeError:  # the loop is closed
                 return
-
-    def _alive(self) -> None:
-        self._beat = time.monotonic()
+            if not answered.wait(self._threshold_s) and not self._stop.is_set():
+                self._report(time.monotonic() - sent, loop_thread)
+                while not answered.wait(self._threshold_s / 4) and not self._stop.is_set():
+                    pass
+            self.num_answered += answered.is_set()
 
     def _report(self, blocked_s: float, loop_thread: int) -> None:
         frame = sys._current_frames().get(loop_thread)
