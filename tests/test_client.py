@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 
 from serveit import App, HTTPOptions, NeedsRay, NotServing, SyncHandle, run, serve
-from serveit.client import Client, SyncClient
+from serveit.client import Client, SyncClient, _settled
 from serveit.signals import StopSignals
 from serveit.web.proxy import bind
 from tests.support import wait_until
@@ -353,3 +354,10 @@ def test_the_second_signal_ends_at_once(tmp_path: Path) -> None:
                 process.wait(0.5)
             process.send_signal(signal.SIGINT)
             assert process.wait(5) == 130
+
+
+def test_what_is_there_when_serving_begins_is_left_out_of_garbage_collection() -> None:
+    before = gc.get_freeze_count()
+    with _settled():
+        assert gc.get_freeze_count() > before + 1_000
+    assert gc.get_freeze_count() == 0
