@@ -21,6 +21,9 @@ async def triple(value: int) -> int:
     return 3 * value
 
 
+async def nothing() -> None: ...
+
+
 class Sentiment:
     def __init__(self, path: str = "model") -> None:
         self.path = path
@@ -373,7 +376,7 @@ REFUSED: list[tuple[str, Wrong, type[Exception], list[str]]] = [
     ("method", lambda a: a.route("/x", methods=["FETCH"]), ValueError, ["'FETCH'", "DELETE, GET"]),
     (
         "equal",
-        lambda a: a.route("/known/<v:int>")(triple),
+        lambda a: a.route("/known/<v:int>")(nothing),
         ValueError,
         ["equal to '/known/<value:int>'", "GET, HEAD"],
     ),

@@ -1033,3 +1033,25 @@ def test_whatever_comes_is_bound_or_refused(
     else:
         assert len(args) == (7 if binding is MUCH else 3)
         assert kwargs == {}
+
+
+def test_a_misspelt_path_parameter_is_refused() -> None:
+    def f(z: int) -> None: ...
+
+    with pytest.raises(TypeError, match="'z' is not in the path '/x/<y>', whose 'y' no parameter takes"):
+        plan(f, "/x/<y>")
+
+    def meant(z: Annotated[int, Query()]) -> None: ...
+
+    assert plan(meant, "/x/<y>").bind(http("1", query=b"z=3"), b"") == ([3], {})
+
+
+def test_a_multipart_form_is_not_a_file() -> None:
+    def f(data: bytes) -> None: ...
+
+    binding = plan(f, methods=("POST",))
+    envelope = http(headers=[(b"content-type", b"Multipart/Form-Data; boundary=x")])
+    with pytest.raises(UnsupportedMediaType, match="--data-binary @file"):
+        binding.bind(envelope, b"--x--")
+    form = http(headers=[(b"content-type", b"application/x-www-form-urlencoded")])
+    assert binding.bind(form, b"raw") == ([b"raw"], {})

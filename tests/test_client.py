@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from serveit import App, HTTPOptions, NeedsRay, NotServing, SyncHandle, run, serve
-from serveit.client import Client, SyncClient, _settled
+from serveit.client import Client, SyncClient, _say_what_is_waited_for, _settled
 from serveit.signals import StopSignals
 from serveit.web.proxy import bind
 from tests.support import wait_until
@@ -127,7 +127,7 @@ def test_what_is_refused() -> None:
     for prefix in ("v1", "/v1/"):
         with pytest.raises(ValueError, match="prefix must start with '/'"):
             serve(app, local=True, prefix=prefix)
-    with pytest.raises(NeedsRay, match=r"local=True \(or --local\)"):
+    with pytest.raises(NeedsRay, match="add --local, in Python local=True"):
         serve(app)
     with pytest.raises(TypeError, match="did you mean 'port'?"):
         serve(app, local=True, http={"prot": 1})
@@ -361,3 +361,29 @@ def test_what_is_there_when_serving_begins_is_left_out_of_garbage_collection() -
     with _settled():
         assert gc.get_freeze_count() > before + 1_000
     assert gc.get_freeze_count() == 0
+
+
+async def test_a_stop_says_what_it_waits_for(caplog: pytest.LogCaptureFixture) -> None:
+    app = App()
+    begun, gate = asyncio.Event(), asyncio.Event()
+
+    @app.backend
+    async def slow() -> None:
+        begun.set()
+        await gate.wait()
+
+    caplog.set_level("INFO", "serveit.client")
+    async with serve(app, local=True, http={"location": None}) as client:
+        _say_what_is_waited_for(client)
+        assert not caplog.messages
+        call = asyncio.ensure_future(client.get_handle("slow").call())
+        await begun.wait()
+        _say_what_is_waited_for(client)
+        assert caplog.messages == ["stopping once 1 running requests have ended; Ctrl-C again stops at once"]
+        gate.set()
+        await call
+
+
+def test_an_app_that_is_not_entered_has_no_handles() -> None:
+    with pytest.raises(AttributeError, match=r"has no 'get_handle'; it has to be entered: `with serve"):
+        serve(App(), local=True).get_handle("x")

@@ -482,15 +482,16 @@ async def test_the_first_chunk_is_out_before_the_last_is_made() -> None:
 
 
 @pytest.mark.parametrize("version", ["1.1", "1.0"])
+@pytest.mark.parametrize("error", [ValueError("in the middle"), HTTPException(400, "in the middle")])
 async def test_a_stream_that_fails_in_the_middle_is_visibly_cut(
-    version: str, caplog: pytest.LogCaptureFixture
+    version: str, error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
     app = App()
 
     @app.route("/stream")
     def stream() -> Iterator[str]:
         yield "first"
-        raise ValueError("in the middle")
+        raise error
 
     caplog.set_level(logging.INFO, "serveit.access")
     async with wired(app, access_log=True) as wire:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
     from serveit.calling.handle import Handle
     from serveit.calling.sync import SyncHandle
+
+
+logger = logging.getLogger("serveit.client")
 
 
 class Runtime(Protocol):
@@ -103,6 +107,10 @@ class Serving:
         self._runtime: Runtime | None = None
         self._stack = contextlib.ExitStack()
 
+    def __getattr__(self, name: str) -> Any:
+        hint = "it has to be entered: `with serve(...) as client:` or `async with serve(...) as client:`"
+        raise AttributeError(f"serve(...) has no {name!r}; {hint}")
+
     async def __aenter__(self) -> Client:
         if self._runtime is not None:
             raise RuntimeError("this serve(...) is entered already: call serveit.serve again for another")
@@ -175,7 +183,7 @@ def serve(
         raise ValueError(f"prefix must start with '/' and not end with one, got {prefix!r}")
     options = HTTPOptions.parse(http)
     if not local:
-        raise NeedsRay("this version of serveit runs apps in one process: add local=True (or --local)")
+        raise NeedsRay("this version of serveit runs apps in one process: add --local, in Python local=True")
 
     def make_runtime() -> Runtime:
         from serveit.local import LocalRuntime
@@ -235,11 +243,19 @@ async def _serve_until_stopped(
                 on_ready(client)
             with _settled():
                 await stopped
+            _say_what_is_waited_for(client)
         finally:
             await serving.__aexit__(None, None, None)
     finally:
         stopped.cancel()
         signals.ending()
+
+
+def _say_what_is_waited_for(client: Client) -> None:
+    replicas = [replica for backend in client.status()["backends"].values() for replica in backend.values()]
+    count = sum(replica["running"] + replica["waiting"] for replica in replicas)
+    if count:
+        logger.info("stopping once %d running requests have ended; Ctrl-C again stops at once", count)
 
 
 @contextlib.contextmanager

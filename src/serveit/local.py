@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("serveit.local")
 
+SLOW_START_S = 2.0
+"""A start that takes longer says that it goes on."""
 SLOW_STOP_S = 1.0
 """Constructors that run on for so long after another has failed are worth a line in the log."""
 
@@ -194,6 +196,8 @@ class LocalRuntime:
                     resolver=self,
                 )
                 self._replicas[replica.id] = replica
+        names = ", ".join(self.app.backends)
+        slow = self._loop.call_later(SLOW_START_S, logger.info, "still starting %s", names)
         starts = [self._loop.create_task(self._start_replica(replica)) for replica in self._replicas.values()]
         try:
             await asyncio.gather(*starts)
@@ -202,6 +206,8 @@ class LocalRuntime:
                 start.cancel()
             await self._outlast(starts, error)
             raise
+        finally:
+            slow.cancel()
 
     async def _outlast(self, starts: list[asyncio.Task[None]], error: BaseException) -> None:
         """Wait for the constructors that still run: a thread cannot be stopped."""

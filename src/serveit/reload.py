@@ -132,6 +132,8 @@ class Supervisor:
             for changed in _changes(folders, self._stop):
                 if child is None:  # only now that no change can be missed
                     child = self.start_child()
+                    if not child.ready and not self._stop.is_set():
+                        click.echo("the app does not start: saving a file tries again", err=True)
                 elif changed:
                     click.echo(f"{', '.join(changed)} changed: starting the new code", err=True)
                     child = self._replace(child)
@@ -151,8 +153,9 @@ class Supervisor:
         if following.ready:
             child.stop()
             return following
-        if child.ready and not self._stop.is_set():
-            click.echo("the new code does not start: the old one goes on serving", err=True)
+        if not self._stop.is_set():
+            then = "the old one goes on serving" if child.ready else "saving a file tries again"
+            click.echo(f"the new code does not start: {then}", err=True)
         return child
 
 
@@ -168,7 +171,7 @@ def supervise(target: str, options: HTTPOptions, arguments: Sequence[str]) -> in
         The exit code.
     """
     with contextlib.ExitStack() as stack:
-        sock = stack.enter_context(_listening(options)) if options.serves else None
+        sock = stack.enter_context(_bound(options)) if options.serves else None
         stop = stack.enter_context(Stop())
         supervisor = Supervisor(target, arguments, sock, stop)
         stack.callback(supervisor.close)
@@ -176,15 +179,14 @@ def supervise(target: str, options: HTTPOptions, arguments: Sequence[str]) -> in
     return 0
 
 
-def _listening(options: HTTPOptions) -> socket.socket:
-    from serveit.web.proxy import BACKLOG, bind
+def _bound(options: HTTPOptions) -> socket.socket:
+    from serveit.web.proxy import bind
 
+    """Bound, and not listening before the first child does: until then clients are refused, not kept."""
     try:
-        sock = bind(options)
+        return bind(options)
     except OSError as error:
         raise click.ClickException(error.strerror or str(error)) from None
-    sock.listen(BACKLOG)
-    return sock
 
 
 def _folders(target: str) -> list[Path]:

@@ -135,7 +135,25 @@ def plan_binding(
     """
     signature = read_signature(func, drop_first=drop_first, where=where)
     planner = _Planner(signature, dict(pattern.params), frozenset(map(str.upper, methods)))
-    return Binding(pattern, [planner.batch_slot()] if batch else planner.slots())
+    slots = [planner.batch_slot()] if batch else planner.slots()
+    _refuse_misspelt(pattern, slots, signature)
+    return Binding(pattern, slots)
+
+
+def _refuse_misspelt(pattern: Pattern, slots: Sequence[_Slot], signature: Signature) -> None:
+    """A path parameter may be left unused, or be read from a Request; but where another is then asked for
+    in the query, and has to be there, one of the two is misspelt."""
+    names = {slot.parameter.name for slot in slots}
+    has_all = any(slot.origin == "request" for slot in slots)
+    unused = [name for name, _ in pattern.params if name not in names and not has_all]
+    for slot in slots if unused else ():
+        parameter = slot.parameter
+        if slot.origin == "query" and parameter.default is REQUIRED and parameter.marker is None:
+            raise signature.refusal(
+                parameter,
+                f"is not in the path {pattern.text!r}, whose {unused[0]!r} no parameter takes: name both the "
+                "same, or mark what comes from the query with Annotated[..., Query()]",
+            )
 
 
 @dataclass(frozen=True, slots=True)

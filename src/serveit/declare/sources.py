@@ -118,7 +118,9 @@ def take_body(conversion: Conversion, default: Any) -> Take:
         body = source.body
         if not body and default is not REQUIRED:
             return default
-        if not raw:
+        if raw:
+            _refuse_multipart(source.request.headers)
+        else:
             if not body:
                 source.faults.append({"loc": ["body"], "msg": "the body is missing"})
                 return None
@@ -129,6 +131,16 @@ def take_body(conversion: Conversion, default: Any) -> Take:
             source.faults += body_faults(error, ["body"])
 
     return take
+
+
+def _refuse_multipart(headers: HeaderList) -> None:
+    """What `curl -F` sends is not the file but an envelope around it."""
+    value = next((value for name, value in headers if name == b"content-type"), b"")
+    if value[:19].lower() == b"multipart/form-data":
+        raise UnsupportedMediaType(
+            "the body is taken as it is, and a multipart form is an envelope around the file: send the file "
+            "itself, with curl by --data-binary @file -H 'content-type: application/octet-stream'"
+        )
 
 
 def _check_media_type(headers: HeaderList) -> None:

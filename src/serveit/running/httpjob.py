@@ -11,7 +11,7 @@ from serveit.declare.encoding import ChunkEncoder, encode_result, needs_asgi
 from serveit.declare.routing import compile_pattern
 from serveit.declare.sources import asgi_scope
 from serveit.exceptions import ServeitError
-from serveit.running.failures import failure_of, status_of, user_traceback
+from serveit.running.failures import Cancelled, failure_of, status_of, user_traceback
 from serveit.running.job import Job, Lane
 from serveit.wire.frames import HttpAnswer, Request
 
@@ -129,7 +129,9 @@ class HttpJob(Job):
 
     def fail(self, error: BaseException) -> None:
         """Send the error, and log what is nobody's but the user code's fault: what answers 500."""
-        is_fault = status_of(error) == 500
+        # What fails after the head of its answer is cut off, and nothing but the log can say why.
+        is_cut = self.reply.is_sending and not isinstance(error, Cancelled)
+        is_fault = status_of(error) == 500 or is_cut
         failure = failure_of(
             error, others=self.reply.others(), in_user_code=self.in_user_code, traced=is_fault
         )
