@@ -6,7 +6,7 @@ import logging
 import random
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
@@ -172,14 +172,21 @@ async def test_the_waiting_room_is_served_round_robin() -> None:
         assert sorted(order[4:]) == ["g3", "m1"]
 
 
-async def test_two_routers_share_a_replica_evenly_at_saturation() -> None:
+@pytest.mark.parametrize("clients", [4, 8, 30])
+@pytest.mark.parametrize("duration", ["equal", "a tick", "random"])
+async def test_two_routers_share_a_replica_evenly_at_saturation(duration: str, clients: int) -> None:
     now, peak, rng = 0, 0, random.Random(1)
+    waits: dict[str, Callable[[], Awaitable[None]]] = {
+        "equal": lambda: asyncio.sleep(0.001),  # jobs end together
+        "a tick": lambda: asyncio.sleep(0),
+        "random": lambda: ticks(rng.randint(5, 15)),
+    }
 
     async def work() -> None:
         nonlocal now, peak
         now += 1
         peak = max(peak, now)
-        await ticks(rng.randint(5, 15))
+        await waits[duration]()
         now -= 1
 
     async with running(work, max_ongoing_requests=3) as replica:
@@ -215,7 +222,7 @@ async def test_two_routers_share_a_replica_evenly_at_saturation() -> None:
 
         for router in routers:
             await router.update(info)
-        await asyncio.gather(*(client(number) for number in (0, 1) for _ in range(8)))
+        await asyncio.gather(*(client(number) for number in (0, 1) for _ in range(clients)))
         for router in routers:
             router.close()
         wheel.close()

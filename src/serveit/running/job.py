@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import deque
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,6 +15,7 @@ from serveit.exceptions import BatchError
 
 if TYPE_CHECKING:
     import asyncio
+    from collections import deque
     from collections.abc import AsyncIterator, Sequence
 
     from serveit.declare.backend import Method
@@ -37,46 +37,75 @@ class JobState(IntEnum):
 
 
 class Lane(Protocol):
-    """One caller's share of a replica: its jobs in the waiting room and in slots."""
+    """One caller's share of a replica: its jobs in the waiting room and in slots, and when it was last
+    given a slot (a count, not a time)."""
 
     waiting: deque[Job]
     running: int
+    last_turn: int
 
 
 class WaitingRoom:
-    """Jobs that wait for a slot: lanes take turns, each lane's jobs in their order.
+    """Jobs that wait for a slot: the lane whose last turn is the longest ago is next, each lane's jobs in
+    their order.
 
-    All mutable state: each lane's `waiting`, `_rotation` (lanes with waiting jobs, next first) and
-    `_count` (jobs in them).
+    All mutable state: each lane's `waiting` and `last_turn`, `_lanes` (those with waiting jobs), `_count`
+    (jobs in them), `_turns` (slots given so far), `_latest` (the lane that the last one went to),
+    `_changed` (the last turn before that lane's), `_crowded_until` (the turn up to which callers are
+    taken to compete for slots).
     """
 
     def __init__(self) -> None:
-        self._rotation: deque[Lane] = deque()
+        self._lanes: dict[Lane, None] = {}
         self._count = 0
+        self._turns = 0
+        self._latest: Lane | None = None
+        self._changed = 0
+        self._crowded_until = 0
 
     def __len__(self) -> int:
         return self._count
 
+    def note_crowd(self, limit: int) -> None:
+        """Somebody has to wait: for as many turns as fill all slots twice, count on more of that."""
+        self._crowded_until = self._turns + 2 * limit
+
+    def take_turn(self, lane: Lane) -> None:
+        """The lane is given a slot."""
+        if lane is not self._latest:
+            self._latest, self._changed = lane, self._turns
+        self._turns += 1
+        lane.last_turn = self._turns
+
+    def is_contested(self, lane: Lane, limit: int) -> bool:
+        """Whether others want the lane's next slot as well, though theirs may come a moment later: of
+        late somebody had to wait, and somebody else was given a slot."""
+        if self._turns >= self._crowded_until:
+            return False
+        others_turn = self._turns if lane is not self._latest else self._changed
+        return others_turn > 0 and self._turns - others_turn < 2 * limit
+
     def add(self, job: Job) -> None:
-        if not job.lane.waiting:
-            self._rotation.append(job.lane)
         job.lane.waiting.append(job)
+        self._lanes[job.lane] = None
         self._count += 1
 
     def remove(self, job: Job) -> None:
         job.lane.waiting.remove(job)
         self._count -= 1
         if not job.lane.waiting:
-            self._rotation.remove(job.lane)
+            del self._lanes[job.lane]
 
     def pop(self) -> Job:
-        """The one whose turn it is. Raises IndexError if nobody waits."""
-        lane = self._rotation.popleft()
-        job = lane.waiting.popleft()
-        self._count -= 1
-        if lane.waiting:
-            self._rotation.append(lane)
+        """The one whose turn it is. Raises ValueError if nobody waits."""
+        lane = min(self._lanes, key=_last_turn)
+        job = lane.waiting[0]
+        self.remove(job)
         return job
+
+
+def _last_turn(lane: Lane) -> int:
+    return lane.last_turn
 
 
 @dataclass

@@ -30,13 +30,14 @@ Python caller is authenticated and says beforehand how much will come."""
 class Listener:
     """Receives for one caller; to the replica it is that caller's lane.
 
-    All mutable state: `waiting` and `running` (kept by the replica), `_collecting` (requests whose
+    All mutable state: `waiting`, `running`, `last_turn` (kept by the replica), `_collecting` (requests whose
     bodies are still coming), `_jobs` (jobs whose stream has not ended).
     """
 
     def __init__(self, replica: Replica, bindings: Bindings, link: Link) -> None:
         self.waiting: deque[Job] = deque()
         self.running = 0
+        self.last_turn = 0
         self._replica = replica
         self._bindings = bindings
         self._link = link

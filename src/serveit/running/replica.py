@@ -91,6 +91,7 @@ class Replica:
         """Requests that run at once; known once started."""
         self._running: set[Job] = set()
         self._waiting = WaitingRoom()
+        self._undecided: dict[Job, None] = {}
         self._sending: set[Job] = set()
         self._draining = False
         self._idle = asyncio.Event()
@@ -183,15 +184,37 @@ class Replica:
         job.admitted_at = self.clock.time()
         if self._draining:
             self._refuse(job, "draining")
-        elif len(self._running) < self.limit and not self._waiting:
+            return
+        free = self.limit - len(self._running)
+        if free > 0 and not self._waiting and not self._waiting.is_contested(job.lane, self.limit):
             self._observer.admitted(self.backend.name, self.id)
             self._begin(job)
-        elif len(job.lane.waiting) < self.config.prefetch:
+        elif len(job.lane.waiting) < self.config.prefetch + max(free, 0):
             self._observer.admitted(self.backend.name, self.id)
             self._waiting.add(job)
-            job.queued()
+            if free > 0:
+                self._decide_later(job)
+            else:
+                self._waiting.note_crowd(self.limit)
+                job.queued()
         else:
+            self._waiting.note_crowd(self.limit)
             self._refuse(job, "full")
+
+    def _decide_later(self, job: Job) -> None:
+        """A free slot goes by turns to who has asked by the end of this tick: where several jobs end in
+        one tick, the first caller to hear of it would get all of their slots."""
+        if not self._undecided:
+            asyncio.get_running_loop().call_soon(self._decide)
+        self._undecided[job] = None
+
+    def _decide(self) -> None:
+        self._fill()
+        undecided, self._undecided = self._undecided, {}
+        for job in undecided:
+            if job.state == JobState.WAITING:
+                self._waiting.note_crowd(self.limit)
+                job.queued()
 
     def others(self, lane: Lane) -> int:
         """Slots that everybody else holds; travels back on every answer."""
@@ -241,6 +264,7 @@ class Replica:
             return
         self._running.add(job)
         job.lane.running += 1
+        self._waiting.take_turn(job.lane)
         self._idle.clear()
         if method.is_batch:
             job.state = JobState.GATHERING
@@ -256,12 +280,17 @@ class Replica:
             return
         self._running.remove(job)
         job.lane.running -= 1
+        self._fill()
+
+    def _fill(self) -> None:
+        """Give free slots to who waits."""
         while self._waiting and len(self._running) < self.limit:
             following = self._waiting.pop()
             if late := self._late(following, "in the waiting room"):
                 self._end(following, late)
                 continue
-            following.started()
+            if following not in self._undecided:  # and so was told that it is queued
+                following.started()
             self._begin(following)
 
     def _end(self, job: Job, error: BaseException) -> None:
