@@ -1,7 +1,7 @@
 """What does serveit cost over HTTP? A no-op handler on bare uvicorn + Starlette and on serveit, by `wrk`.
 
-Both servers run in one process each, with the same settings of uvicorn, and are asked in turns in one run:
-bare, serveit, bare, serveit, ... The ratio of the medians says more than the figures of either.
+The servers have the same settings of uvicorn, and are asked in turns in one run: bare, serveit on Ray,
+serveit in one process, bare, ... The ratio of the medians says more than the figures of either.
 """
 
 from __future__ import annotations
@@ -22,16 +22,18 @@ from urllib.request import urlopen
 from report import Report, command_line, command_of
 
 SERVERS = Path(__file__).parent / "servers"
-BARE, SERVEIT = "uvicorn + Starlette", "serveit --local"
+BARE, ON_RAY, LOCAL = "uvicorn + Starlette", "serveit on Ray", "serveit --local"
 CONNECTIONS = [64, 1]
-START_S = 20.0
+START_S = 60.0
 UNITS_MS = {"us": 0.001, "ms": 1.0, "s": 1000.0, "m": 60_000.0}
 
 NOTES = (
     "Medians of all rounds; `wrk` runs on the same machine, with one thread. Latency is what `wrk` sees.",
     "The same handler (an `async def` that gives two letters as text/plain), the same body, the same "
-    "settings of uvicorn: uvloop, httptools, no access log, no websockets. Both servers stay up during the "
-    "whole run; the one that is not asked is idle.",
+    "settings of uvicorn: uvloop, httptools, no access log, no websockets. All servers stay up during the "
+    "whole run; those that are not asked are idle.",
+    "The bare server is one process. On Ray a request goes through two, a proxy and a replica, which share "
+    "the machine's processors with `wrk`; `--local` does the same work in one.",
     "On top of the bare server serveit does what it does for every request, nothing is switched off: a "
     "request id (sent back as `x-request-id`), limits of header and body, a deadline of 60 s, a bounded "
     "queue, admission by the replica, cancelling when the client leaves, and encoding to and from wire "
@@ -57,7 +59,11 @@ def main() -> None:
     if shutil.which("wrk") is None:
         sys.exit("http_noop.py: wrk, which sends the requests, is missing: apt-get install wrk")
     with contextlib.ExitStack() as stack:
-        urls = {BARE: stack.enter_context(bare()), SERVEIT: stack.enter_context(serveit())}
+        urls = {
+            BARE: stack.enter_context(bare()),
+            ON_RAY: stack.enter_context(serveit()),
+            LOCAL: stack.enter_context(serveit("--local")),
+        }
         check_same_answer(urls)
         for url in urls.values():
             wrk(url, 64, seconds=1)  # warm up
@@ -72,22 +78,23 @@ def main() -> None:
     command = command_of("http_noop.py", options)
     if options.connections != CONNECTIONS:
         command += " --connections " + " ".join(map(str, options.connections))
-    title = "HTTP no-op: bare uvicorn + Starlette and serveit, in turns"
+    title = "HTTP no-op: bare uvicorn + Starlette, serveit on Ray and in one process, in turns"
     report = Report(title, command, NOTES, head, rows, [asdict(one) for one in measured])
     report.publish("http_noop", options)
 
 
 def summarise(measured: list[Measurement], connections: int) -> Iterator[list[str]]:
-    """A row for each server, and one with the ratio of their medians."""
+    """A row for each server, and one with the ratio of its medians to the bare server's."""
     medians = {}
-    for server in (BARE, SERVEIT):
+    for server in (BARE, ON_RAY, LOCAL):
         own = [one for one in measured if (one.server, one.connections) == (server, connections)]
         figures = [(one.per_second, one.p50_ms, one.p99_ms) for one in own]
         medians[server] = [statistics.median(column) for column in zip(*figures, strict=True)]
         rate, p50, p99 = medians[server]
         yield [str(connections), server, f"{rate:,.0f}", f"{p50:.3f}", f"{p99:.3f}"]
-    ratios = [ours / bare for ours, bare in zip(medians[SERVEIT], medians[BARE], strict=True)]
-    yield [str(connections), "**serveit / bare**", *(f"**{ratio:.2f}**" for ratio in ratios)]
+    for server in (ON_RAY, LOCAL):
+        ratios = [ours / bare for ours, bare in zip(medians[server], medians[BARE], strict=True)]
+        yield [str(connections), f"**{server} / bare**", *(f"**{ratio:.2f}**" for ratio in ratios)]
 
 
 # -- the servers -----------------------------------------------------------------------------------
@@ -101,10 +108,10 @@ def bare() -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def serveit() -> Iterator[str]:
+def serveit(*options: str) -> Iterator[str]:
     port = free_port()
     target = str(SERVERS / "noop_serveit.py")
-    command = [sys.executable, "-m", "serveit", "run", target, "--local", "--port", str(port)]
+    command = [sys.executable, "-m", "serveit", "run", target, *options, "--port", str(port)]
     with running(command, port) as url:
         yield url
 
@@ -115,7 +122,7 @@ def running(command: list[str], port: int) -> Iterator[str]:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + START_S
-        while not answers(port):
+        while not answers(f"http://127.0.0.1:{port}/"):
             if process.poll() is not None or time.monotonic() > deadline:
                 sys.exit(f"http_noop.py: this does not start: {' '.join(command)}")
             time.sleep(0.05)
@@ -132,9 +139,9 @@ def free_port() -> int:
         return port
 
 
-def answers(port: int) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-        return True
+def answers(url: str) -> bool:
+    with contextlib.suppress(OSError), urlopen(url, timeout=1) as answer:
+        return bool(answer.status == 200)
     return False
 
 

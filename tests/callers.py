@@ -42,6 +42,7 @@ class RecordingLink:
 
     def __init__(self) -> None:
         self.closed = False
+        self.stale = False
         self.sent: list[Frame] = []
         self.flushed_at: list[int] = []
         """How many frames had been sent, at each flush."""

@@ -8,6 +8,7 @@ from collections.abc import Generator, Iterator
 import pytest
 from hypothesis import settings
 
+from tests.cluster.instance import Instance, open_instance
 from tests.support import Leftovers, leaving_no_tasks
 
 # A slow machine is no failure; pytest-timeout stops what hangs.
@@ -26,6 +27,19 @@ def nothing_left_behind() -> Iterator[None]:
         yield
         found = leftovers.found()
     assert not found, "the test left behind\n" + "\n".join(found)
+
+
+@pytest.fixture(scope="session")
+def instance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
+    """The Ray of this session, and the serveit instance that runs in it."""
+    with open_instance(tmp_path_factory.mktemp("home")) as instance:
+        yield instance
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs Ray goes last: the other tests are alone with the machine."""
+    items.sort(key=lambda item: item.get_closest_marker("cluster") is not None)
 
 
 @pytest.hookimpl(wrapper=True)

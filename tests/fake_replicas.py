@@ -41,6 +41,7 @@ class FakeReplica:
 
     def __init__(self, receiver: Receiver) -> None:
         self.closed = False
+        self.stale = False
         self.receiver = receiver
         self.frames: list[Frame] = []
         self.lost = False

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serveit.clock import NEVER, DeadlineWheel, LoopClock
+from serveit.clock import MAX_EMPTY, NEVER, DeadlineWheel, LoopClock
 from tests.support import wait_until
 
 TICK_S = 0.01
@@ -179,6 +179,33 @@ def test_an_emptied_bucket_takes_little_memory_until_its_time(at: Fixture) -> No
     for item, number in many:
         at.wheel.discard(item, number)
     assert sys.getsizeof(at.wheel._buckets[bucket]) == sys.getsizeof(set()) < grown / 20
+
+
+def test_far_deadlines_that_are_met_leave_no_buckets(at: Fixture) -> None:
+    kept, bucket = at.item(90_000)
+    for n in range(5 * MAX_EMPTY):
+        item, number = at.item(80_000 + n)
+        at.wheel.discard(item, number)
+        at.wheel.discard(item, number)  # twice counts once
+    assert len(at.wheel._buckets) <= MAX_EMPTY + 2
+    assert sorted(at.wheel._order) == sorted(at.wheel._buckets)
+    assert at.wheel._empty == sum(not members for members in at.wheel._buckets.values())
+    assert len(at.wheel) == 1
+    near, _ = at.item(1)
+    at.clock.run_to(at.clock.now + 100_000)
+    assert near.expired_at and kept.expired_at
+    assert at.wheel._empty == len(at.wheel._buckets) == 0
+
+
+def test_buckets_in_use_are_not_swept(at: Fixture) -> None:
+    items = [at.item(n) for n in range(1, 2 * MAX_EMPTY)]
+    for item, bucket in items[: MAX_EMPTY - 1]:
+        at.wheel.discard(item, bucket)
+    again = [at.item(n)[0] for n in range(1, MAX_EMPTY)]  # in the emptied ones
+    assert at.wheel._empty == 0
+    at.clock.run_to(at.clock.now + 2 * MAX_EMPTY, most=10**6)
+    assert all(item.expired_at for item in again)
+    assert all(item.expired_at for item, _ in items[MAX_EMPTY - 1 :])
 
 
 def test_items_may_be_added_while_others_expire(at: Fixture) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from serveit import BackendConfig, HTTPOptions
-from serveit.config import did_you_mean
+from serveit.config import MAX_SECONDS, did_you_mean
 
 
 @pytest.mark.parametrize(
@@ -110,3 +110,10 @@ def test_did_you_mean() -> None:
     assert did_you_mean("prot", ["port", "host"]) == "did you mean 'port'?"
     assert did_you_mean("x", ["port", "host"]) == "there is 'host', 'port'"
     assert did_you_mean("x", []) == "there is none"
+
+
+def test_no_time_is_longer_than_a_year() -> None:
+    for name in ("request_timeout_s", "graceful_shutdown_timeout_s"):
+        with pytest.raises(ValueError, match=f"{name} must be ≤ 31536000 seconds, a year, got 1e.17"):
+            BackendConfig().merge(**{name: 1e17})
+    assert BackendConfig(request_timeout_s=MAX_SECONDS).request_timeout_s == MAX_SECONDS

@@ -23,6 +23,7 @@ from serveit.wire.frames import (
     Failure,
     FrameType,
     Hello,
+    Load,
 )
 from serveit.wire.streams import WINDOW, cost
 from tests.fake_replicas import FakeExchange, FakeReplica
@@ -34,6 +35,7 @@ class FakeDispatcher:
     def __init__(self) -> None:
         self.time = 0.0
         self.rooms = 0
+        self.drained = 0
         self.answers: list[Exchange] = []
         self.refusals: list[Exchange] = []
         self.losses: list[Exchange] = []
@@ -49,6 +51,9 @@ class FakeDispatcher:
 
     def lost(self, connection: Connection, exchanges: list[Exchange]) -> None:
         self.losses += exchanges
+
+    def draining(self, connection: Connection) -> None:
+        self.drained += 1
 
     def now(self) -> float:
         return self.time
@@ -110,6 +115,54 @@ async def test_every_frame_back_tells_of_the_load(rig: Rig) -> None:
     assert heard == [3, 4, 5, 6, 7]
     assert rig.connection.outstanding == 1
     assert rig.dispatcher.rooms == 5
+
+
+async def test_a_replica_tells_that_slots_are_free(rig: Rig) -> None:
+    rig.send()
+    rig.replica.started(1, others=2)
+    assert not rig.connection.has_room
+    rig.replica.say(FrameType.PING, 0, None)  # a heartbeat says nothing of it
+    assert (rig.connection.others, rig.dispatcher.rooms) == (2, 2)
+    rig.replica.say(FrameType.PING, 0, Load(0))
+    assert (rig.connection.others, rig.connection.has_free_slot, rig.dispatcher.rooms) == (0, True, 3)
+
+
+async def test_free_slots_lift_what_refusals_had_set() -> None:
+    rig = Rig(limit=10)
+    for _ in range(5):
+        rig.send()
+    for stream in range(2, 6):
+        rig.replica.refuse(stream, others=9)
+    assert not rig.connection.has_room
+    rig.replica.say(FrameType.PING, 0, Load(3))
+    for _ in range(6):
+        assert rig.connection.has_free_slot
+        rig.send()
+    assert not rig.connection.has_free_slot
+
+
+async def test_an_answer_that_nobody_waits_for_tells_of_the_load_too(rig: Rig) -> None:
+    exchanges = [rig.send() for _ in range(3)]
+    for exchange in exchanges:
+        rig.connection.cancel(exchange)
+    rig.replica.answer(1, others=5)
+    assert rig.connection.others == 5
+    rig.replica.answer(2, others=4, flags=FREED)
+    assert rig.connection.others == 4
+    rig.replica.say(FrameType.ANSWER, 3, None, flags=END)
+    assert rig.replica.closed
+    await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("word", ["goaway", "refused"])
+async def test_a_draining_replica_is_reported_once(rig: Rig, word: str) -> None:
+    rig.send(), rig.send()
+    if word == "goaway":
+        rig.replica.goaway()
+    for stream in 1, 2:
+        rig.replica.refuse(stream, "draining")
+    assert rig.dispatcher.drained == 1
+    assert not rig.connection.ready
 
 
 async def test_what_was_heard_of_others_counts_less_while_nothing_of_ours_is_there(rig: Rig) -> None:

@@ -98,6 +98,19 @@ async def test_before_the_first_snapshot_there_is_no_name(rig: Rig) -> None:
     assert repr(rig.directory) == "<Directory shop []>"
 
 
+async def test_names_that_are_expected_are_known_and_cannot_be_called(rig: Rig) -> None:
+    rig.directory.expect(["user", "/buy"])
+    rig.directory.check("user")
+    with pytest.raises(NotServing, match="'user' cannot be called yet: app 'shop' is still starting"):
+        rig.directory.endpoint("user")
+    with pytest.raises(KeyError, match="did you mean 'user'"):
+        rig.directory.check("usr")
+    await rig.update("user")
+    rig.directory.check("user")
+    with pytest.raises(KeyError, match="there is 'user'"):
+        rig.directory.check("/buy")
+
+
 async def test_a_name_is_known_once_its_backend_is_connected(rig: Rig) -> None:
     gate = rig.replicas.gates["user#1"] = asyncio.Event()
     update = asyncio.create_task(rig.update("user"))
@@ -256,3 +269,18 @@ async def test_it_makes_its_own_chance() -> None:
     )
     endpoint = directory.endpoint("/buy")
     assert len({directory.choose(endpoint).info.name for _ in range(200)}) == 2
+
+
+async def test_draining_takes_nothing_from_outside(rig: Rig) -> None:
+    await rig.update("user", limit=1)
+    running = rig.ask("user")
+    rig.directory.drain()
+    with pytest.raises(Draining):
+        rig.ask("user")
+    await rig.update("user", "late")  # later backends the same
+    with pytest.raises(Draining):
+        rig.ask("late")
+    rig["user"].answer(1)
+    assert running.phase == Phase.DONE
+    rig.directory.close()
+    await asyncio.sleep(0)

@@ -6,6 +6,7 @@ import datetime
 import enum
 import json
 import math
+import struct
 import subprocess
 import sys
 import uuid
@@ -541,7 +542,10 @@ async def test_a_coroutine_is_to_be_awaited() -> None:
     async def forgotten() -> None: ...
 
     coroutine = forgotten()
-    assert "$.a is a coroutine, which has no form in JSON: await it" in message_of({"a": coroutine})
+    said = message_of({"a": coroutine})
+    assert (
+        "$.a is a coroutine, which has no form in JSON: await it, in a function that is `async def`" in said
+    )
     await coroutine
 
 
@@ -629,3 +633,54 @@ def test_a_fault_that_is_not_found_again_is_told_as_it_was() -> None:
     said = message_of(Fickle())
     assert "$ (tests.test_encoding.Fickle): not now x" in said
     assert len(said) < 300
+
+
+# Large values: the event loop waits while a fault is looked for
+
+
+class Counted(str):
+    """A text that counts how often it is looked at."""
+
+    looks = 0
+
+    def encode(self, *args: Any, **kwargs: Any) -> bytes:
+        Counted.looks += 1
+        return str.encode(self, *args, **kwargs)
+
+
+def test_the_search_for_a_fault_comes_to_an_end() -> None:
+    large = [0.5] * 30_000
+    many = {"n": [[0.5]] * 15_000, "m": [1.5]}
+    for value in (large, many):
+        for bad in (NAN, INF):
+            said = message_of([value, None, bad])
+            assert said.endswith("somewhere in it is nan or an infinity, which JSON does not have")
+        said = message_of([value, Plain()])
+        assert "somewhere in $ (list): is a tests.test_encoding.Plain, which has no form in JSON: " in said
+        assert message_of([NAN, value]).startswith("the result cannot be sent as JSON: $[0] is nan")
+
+
+def test_a_large_value_is_not_walked_through() -> None:
+    Counted.looks = 0
+    message_of([*[Counted("x")] * 100_000, Plain()])
+    assert 10_000 < Counted.looks < 30_000
+
+
+LIKE_NAN = struct.unpack(">d", b"\x3f\xcb\x7f\xf0\x00\x00\x00\x00")[0]
+"""A number with octets in it as those that NaN begins with in msgpack."""
+
+
+def test_a_large_value_without_a_fault_is_not_mistaken_for_one() -> None:
+    large = [0.5] * 30_000
+    for value in ([LIKE_NAN, None], [LIKE_NAN, None, b"x", {1: uuid.UUID(int=0)}], [2**70, None]):
+        assert json.loads(encode_json([*value, *large]))[len(value)] == 0.5
+    said = message_of([2**70, *large, NAN])  # which msgpack has no form for: looked for to the end
+    assert "$[30001] is nan" in said
+
+
+def test_models_with_none_in_a_large_list() -> None:
+    class Model(pydantic.BaseModel):
+        values: list[Any]
+
+    assert encode_json(Model(values=[None, 1.5])) == b'{"values":[null,1.5]}'
+    assert "$.values[1] is nan" in message_of(Model(values=[None, NAN]))

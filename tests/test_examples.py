@@ -1,21 +1,26 @@
-"""The examples run: hello, and digits with its client, on real scans."""
+"""The examples run, in one process and on Ray: hello, digits with its client and compose, on real scans."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import json
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
-from serveit import App
-from serveit.testing import TestClient, local
+import serveit
+from serveit import App, testing
+from serveit.testing import TestClient
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+NEEDS_SKLEARN = "this example needs scikit-learn (group `examples`)"
 
 
 def load(path: str) -> ModuleType:
@@ -30,7 +35,7 @@ def load(path: str) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def digits() -> ModuleType:
-    pytest.importorskip("sklearn", reason="the digits example needs scikit-learn (group `examples`)")
+    pytest.importorskip("sklearn", reason=NEEDS_SKLEARN)
     return load("digits/app.py")
 
 
@@ -42,7 +47,10 @@ def page(digits: ModuleType) -> Iterator[TestClient]:
 
 def test_every_example_is_tested_here() -> None:
     names = {path.name for path in EXAMPLES.iterdir() if (path / "app.py").is_file()}
-    assert names == {"hello", "digits"}
+    assert names == {"hello", "digits", "compose"}
+
+
+# -- hello -----------------------------------------------------------------------------------
 
 
 def test_hello_greets() -> None:
@@ -56,9 +64,12 @@ def test_hello_is_ten_lines() -> None:
     assert len((EXAMPLES / "hello/app.py").read_text().splitlines()) <= 10
 
 
+# -- digits ----------------------------------------------------------------------------------
+
+
 async def test_digits_are_recognised_in_batches(digits: ModuleType) -> None:
     _, scans = digits.load_scans()
-    async with local(digits.app) as client:
+    async with testing.local(digits.app) as client:
         handle = client.get_handle("Digits")
         first = [prediction async for prediction in handle.map(scan.image for scan in scans[:64])]
     assert {prediction.batch_size for prediction in first} == {32}
@@ -104,26 +115,113 @@ def test_the_page_needs_nothing_from_elsewhere(page: TestClient) -> None:
     assert re.findall(r"""(?:src|href)=["'](?!data:)|url\(|@import|https?://""", answer.text) == []
 
 
-def test_the_client_reports_both_ways() -> None:
-    pytest.importorskip("sklearn", reason="the digits example needs scikit-learn (group `examples`)")
+@pytest.mark.parametrize(
+    "ways",
+    [
+        ["HTTP", "call", "threads"],
+        pytest.param(["HTTP", "call", "remote", "threads"], marks=pytest.mark.cluster),
+    ],
+    ids=["local", "ray"],
+)
+def test_the_client_reports_all_ways(
+    ways: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("sklearn", reason=NEEDS_SKLEARN)
+    monkeypatch.setenv("HOME", str(tmp_path))  # Ray keeps a token there
     command = [sys.executable, str(EXAMPLES / "digits/client.py")]
+    if "remote" not in ways:
+        command.append("--local")
     finished = subprocess.run(command, capture_output=True, text=True, timeout=50)
     assert finished.returncode == 0, finished.stderr
+    assert ("remote   left out" in finished.stdout) == ("remote" not in ways)
     reports = re.findall(r"^(\w+) +accuracy (\S+) .* mean batch +(\S+)", finished.stdout, re.MULTILINE)
-    assert [way for way, _, _ in reports] == ["handle", "HTTP"]
+    assert [way for way, _, _ in reports] == ways
     assert all(float(accuracy) >= 0.95 for _, accuracy, _ in reports)
     assert len({accuracy for _, accuracy, _ in reports}) == 1
-    assert all(float(batch) >= 8 for _, _, batch in reports)
+    # 64 in flight, or 8 threads, over two replicas.
+    assert all(float(batch) >= (2 if way == "threads" else 8) for way, _, batch in reports), reports
 
 
 async def test_the_client_asks_a_running_server(
     digits: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import serveit
-
     monkeypatch.setitem(sys.modules, "app", digits)
     client = load("digits/client.py")
     _, scans = digits.load_scans()
     async with serveit.serve(digits.app, local=True, http={"port": 0}) as running:
         await client.ask_running(running.url, scans[:128])
     assert re.match(r"HTTP +accuracy (0\.9|1\.0)", capsys.readouterr().out)
+
+
+# -- compose ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compose(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Under the name that it has for who runs it: on Ray replicas import it."""
+    pytest.importorskip("sklearn", reason=NEEDS_SKLEARN)
+    monkeypatch.syspath_prepend(EXAMPLES / "compose")
+    monkeypatch.delitem(sys.modules, "app", raising=False)
+    monkeypatch.setitem(sys.modules, "app", importlib.import_module("app"))
+    return sys.modules["app"]
+
+
+async def check_compose(client: serveit.Client, scans: Any, digits: Any) -> None:
+    """The vote is right more often than either of those that it asks is alone."""
+    vote = client.get_handle("Vote")
+    verdicts = [verdict async for verdict in vote.map([scan.tolist() for scan in scans])]
+    right = {"both": 0, "neighbours": 0, "forest": 0}
+    for verdict, digit in zip(verdicts, digits, strict=True):
+        for name, said in {"both": verdict["digit"], **verdict["opinions"]}.items():
+            right[name] += said == digit
+        assert verdict["agreed"] == (len({*verdict["opinions"].values()}) == 1)
+    assert right["both"] >= max(right.values()) - 1 and right["both"] >= 0.95 * len(digits)
+    disagreements = await vote.disagreements.call(len(scans))
+    assert disagreements == {i: verdict for i, verdict in enumerate(verdicts) if not verdict["agreed"]}
+    assert disagreements
+
+
+@pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.cluster)], scope="session")
+def local(request: pytest.FixtureRequest) -> bool:
+    """Whether it runs in this process; else on the Ray of this session."""
+    if request.param == "ray":
+        request.getfixturevalue("instance")
+    return bool(request.param == "local")
+
+
+async def test_compose_votes(local: bool, compose: ModuleType) -> None:
+    _, scans, _, digits = compose.load_scans()
+    http = {"port": 0} if local else None
+    async with serveit.serve(compose.app, local=local, name="compose", prefix="/c", http=http) as client:
+        await check_compose(client, scans[:200], digits[:200])
+        backends = (await client.status())["backends"]
+        counts = {name: len(replicas) for name, replicas in backends.items()}
+        assert counts == {"Neighbours": 1, "Forest": 2, "Vote": 1}
+
+
+def test_compose_answers_over_http_what_its_readme_shows(compose: ModuleType) -> None:
+    readme = (EXAMPLES / "compose/README.md").read_text(encoding="utf-8")
+    shown = re.search(r"\$ curl 'localhost:8000(\S+)'\n(.+)", readme)
+    assert shown is not None
+    with TestClient(compose.app) as client:
+        assert client.get(shown[1]).text == shown[2]
+        answer = client.post("/vote", json=[0] * 63)
+        assert answer.status_code == 422 and "length >= 64" in answer.json()["detail"]
+
+
+def test_compose_s_own_client(
+    compose: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The program in its README prints what the answer above it holds."""
+    readme = (EXAMPLES / "compose/README.md").read_text(encoding="utf-8")
+    shown = re.search(r"^(\{.*\})$", readme, re.MULTILINE)
+    program = re.search(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    assert shown is not None and program is not None
+    monkeypatch.setattr(serveit, "connect", lambda: serveit.serve(compose.app, local=True, http={"port": 0}))
+    exec(compile(program[1], "README.md", "exec"), {})
+    verdicts = json.loads(shown[1])
+    assert capsys.readouterr().out == "".join(f"{index} {verdict}\n" for index, verdict in verdicts.items())
+
+
+def test_compose_is_short() -> None:
+    assert len((EXAMPLES / "compose/app.py").read_text().splitlines()) < 80

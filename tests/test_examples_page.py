@@ -17,7 +17,7 @@ from urllib.request import urlopen
 import pytest
 
 import serveit
-from tests.test_examples import load
+from tests.test_examples import NEEDS_SKLEARN, load
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 START_S = 20.0
@@ -131,7 +131,7 @@ def until(predicate: Callable[[], object], timeout_s: float = STEP_S) -> bool:
 
 @pytest.fixture
 def browser(tmp_path: Path) -> Iterator[Browser]:
-    pytest.importorskip("sklearn", reason="the digits example needs scikit-learn (group `examples`)")
+    pytest.importorskip("sklearn", reason=NEEDS_SKLEARN)
     connect = pytest.importorskip("websockets.sync.client", reason="a browser is driven by one").connect
     app = load("digits/app.py").app
     with contextlib.ExitStack() as stack:

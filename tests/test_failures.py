@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 import threading
 from typing import Any
 
@@ -13,7 +14,11 @@ from serveit.exceptions import (
     DeadlineExceeded,
     EncodingError,
     InvalidRequest,
+    NotServing,
     QueueFull,
+    Rejected,
+    RemoteTraceback,
+    ReplicaDied,
     ServeitError,
 )
 from serveit.running.failures import (
@@ -23,6 +28,7 @@ from serveit.running.failures import (
     MAX_TRACEBACK,
     Cancelled,
     failure_of,
+    is_of_a_call,
     status_of,
     text_of,
     user_traceback,
@@ -30,17 +36,20 @@ from serveit.running.failures import (
 from serveit.wire.frames import Failure, Frame, FrameType, decode_message, encode_frame, encode_message
 
 
-def describe(error: BaseException, *, in_user_code: bool = True, traced: bool = True) -> Failure:
+def describe(
+    error: BaseException, *, in_user_code: bool = True, traced: bool = True, is_own: bool = False
+) -> Failure:
     """The failure as a caller reads it: it must go over the wire."""
-    failure = failure_of(error, others=2, in_user_code=in_user_code, traced=traced)
+    failure = failure_of(error, others=2, in_user_code=in_user_code, traced=traced, is_own=is_own)
     meta = encode_message(failure)
     encode_frame(FrameType.ERROR, 1, meta, bytes(64 * 1024))
     return decode_message(Failure, Frame(FrameType.ERROR, 0, 1, meta, b""))
 
 
-class Teapot(Exception):
-    status_code = 418
-    headers = {"X-Pot": "é", "retry-after": 5}
+class Teapot(HTTPException):
+    def __init__(self, detail: str) -> None:
+        super().__init__(418, detail)
+        self.headers: Any = {"X-Pot": "é", "retry-after": 5}
 
 
 def test_any_exception_is_a_500_that_tells_an_http_client_nothing() -> None:
@@ -69,13 +78,68 @@ def test_serveits_own_errors_say_what_they_are() -> None:
 
 def test_once_user_code_ran_it_was_executed_whatever_is_raised() -> None:
     nested = describe(QueueFull("a nested call's"))
-    assert (nested.status, nested.executed, nested.detail) == (503, "yes", "a nested call's")
+    assert (nested.status, nested.executed, nested.text) == (503, "yes", "a nested call's")
 
 
-@pytest.mark.parametrize("error", [EncodingError("$.x is nan"), BatchError("2 for 3")])
-def test_a_500_that_is_about_the_answer_says_so(error: ServeitError) -> None:
-    assert describe(error).detail == str(error)
-    assert describe(ServeitError("internal")).detail == ""
+@pytest.mark.parametrize(
+    ("error", "status", "detail"),
+    [
+        (QueueFull("use handle.map"), 503, "did not take the request"),
+        (NotServing("serveit run"), 503, "did not take the request"),
+        (ReplicaDied("replica x#1"), 502, "was lost with the request on it"),
+        (DeadlineExceeded("late"), 504, "did not answer in time"),
+    ],
+)
+def test_what_a_nested_call_raised_is_no_advice_for_the_client(
+    error: ServeitError, status: int, detail: str
+) -> None:
+    failure = describe(error)
+    assert (failure.status, failure.detail) == (status, f"a backend that this one called {detail}")
+    assert is_of_a_call(error)
+    assert describe(error, is_own=True).detail == describe(error, in_user_code=False).detail == str(error)
+
+
+class Busy(QueueFull):
+    """The user's own."""
+
+
+def test_what_user_code_made_of_serveits_errors_is_for_the_client() -> None:
+    for error in (Busy("come back later"), Rejected("come back later"), InvalidRequest("come back later")):
+        assert describe(error).detail == "come back later"
+        assert not is_of_a_call(error)
+
+
+def test_a_500_that_is_about_the_answer_says_so() -> None:
+    for error in (EncodingError("$.x is nan"), BatchError("2 for 3")):
+        assert describe(error, is_own=True).detail == str(error)
+    assert describe(BatchError("2 for 3")).detail == "2 for 3"
+    assert describe(ServeitError("internal"), is_own=True).detail == ""
+
+
+def test_a_500_about_another_answer_does_not() -> None:
+    remote = BatchError("2 for 3")
+    remote.__cause__ = RemoteTraceback("there")
+    for error in (EncodingError("an argument of 'x'"), remote):
+        assert describe(error).detail == ""
+
+
+class Upstream(Exception):
+    """As the SDKs of HTTP services raise it."""
+
+    status_code = 401
+    headers = {"www-authenticate": "Bearer"}
+    detail = "sk-1234"
+
+
+def test_what_an_upstream_service_answered_is_not_the_answer() -> None:
+    failure = describe(Upstream("Incorrect API key: sk-1234"))
+    assert (failure.status, failure.detail, failure.headers) == (500, "", [])
+    assert failure.text == "Incorrect API key: sk-1234"
+
+
+def test_without_starlette_nothing_is_an_http_exception(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "starlette.exceptions")
+    assert describe(HTTPException(404)).status == 500
 
 
 def test_an_exception_with_a_status_is_for_the_client() -> None:
@@ -90,8 +154,8 @@ def test_an_exception_with_a_status_is_for_the_client() -> None:
 
 @pytest.mark.parametrize("status", [200, 99, 600, "404", None, 4.04])
 def test_a_status_that_is_none_is_a_500(status: Any) -> None:
-    error = Exception("x")
-    error.status_code = status  # type: ignore[attr-defined]
+    error = HTTPException(404, "x")
+    error.status_code = status
     assert status_of(error) == 500
     assert describe(error).detail == ""
 
@@ -136,13 +200,19 @@ class Sly(ServeitError):
         self.__dict__.update(attributes)
 
 
-class Trap(Exception):
+class Trap(HTTPException):
+    def __init__(self, text: str) -> None:
+        Exception.__init__(self, text)
+
+    def __str__(self) -> str:
+        return "x"
+
     @property
-    def status_code(self) -> int:
+    def status_code(self) -> int:  # type: ignore[override]
         raise RuntimeError("no status")
 
     @property
-    def headers(self) -> Any:
+    def headers(self) -> Any:  # type: ignore[override]
         raise RuntimeError("no headers")
 
 
@@ -159,6 +229,11 @@ def test_exceptions_are_not_trusted() -> None:
     assert "ValueError: x" in describe(noted).traceback
     surrogate = describe(ValueError("\ud800"))
     assert surrogate.text == "\\ud800"
+
+
+class Http(HTTPException):
+    def __init__(self, text: str) -> None:
+        super().__init__(404, text)
 
 
 class BadNotes(ValueError):
@@ -216,14 +291,14 @@ def test_headers_that_cannot_be_sent_are_left_out(headers: Any) -> None:
             st.dictionaries(st.one_of(st.text(), st.integers()), st.one_of(st.text(), st.binary())),
         ),
     ),
-    own=st.booleans(),
+    make=st.sampled_from([Sly, Exception, Http]),
     in_user_code=st.booleans(),
 )
 def test_whatever_an_exception_is_made_of_it_can_be_sent(
-    text: str, attributes: dict[str, Any], own: bool, in_user_code: bool
+    text: str, attributes: dict[str, Any], make: type[Exception], in_user_code: bool
 ) -> None:
-    error: Exception = Sly(text) if own else Exception(text)
+    error = make(text)
     error.__dict__.update(attributes)
     failure = describe(error, in_user_code=in_user_code)
     assert 300 <= failure.status <= 599
-    assert failure.kind in ("Sly", "Exception")
+    assert failure.kind == make.__name__

@@ -16,9 +16,10 @@ import pytest
 import serveit
 from serveit import App
 from serveit.calling.directory import Directory
-from serveit.calling.handle import Gateway, Handle, HandleOptions
+from serveit.calling.gateway import Gateway
+from serveit.calling.handle import Handle, HandleOptions
 from serveit.clock import DeadlineWheel
-from serveit.control.snapshot import AppInfo
+from serveit.control.snapshot import AppInfo, ReplicaInfo
 from serveit.exceptions import (
     DeadlineExceeded,
     EncodingError,
@@ -29,7 +30,8 @@ from serveit.exceptions import (
 )
 from serveit.observe import NullObserver
 from serveit.testing import LocalClient, ManualClock, local
-from serveit.wire.frames import END, STREAM, FrameType
+from serveit.wire.frames import END, STREAM, Call, Frame, FrameType, Reserve, Reserved, decode_message
+from serveit.wire.pickles import load
 from tests.fake_replicas import FakeReplica, Replicas, backend_info
 from tests.support import wait_until
 
@@ -698,14 +700,63 @@ async def test_remote_needs_ray_and_names_call() -> None:
             await client.get_handle("echo").remote(1)
 
 
-async def test_remote_is_given_by_the_gateway(faked: Faked) -> None:
+class FakeTasks:
+    """Ray's part of a call: strings that begin with "ref:" are the ObjectRefs."""
 
-    async def remote(*args: Any) -> Any:
-        return args
+    def __init__(self) -> None:
+        self.waited: list[Any] = []
 
-    faked.gateway.remote = remote
-    options = HandleOptions(method_name="explain")
-    assert await faked.handle.explain.remote(1, two=2) == ("model", options, (1,), {"two": 2})
+    def are_among(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        return any(str(value).startswith("ref:") for value in (*args, *kwargs.values()))
+
+    async def fetch(self, args: Any, kwargs: Any) -> Any:
+        def value(of: Any) -> Any:
+            return str(of).removeprefix("ref:")
+
+        return tuple(map(value, args)), {name: value(of) for name, of in kwargs.items()}
+
+    async def wait(self, args: Any, kwargs: Any) -> None:
+        self.waited += args
+
+    async def start(self, replica: ReplicaInfo, request_id: str, args: Any, kwargs: Any) -> Any:
+        return replica.id, request_id, args, kwargs
+
+
+async def heard(replica: FakeReplica, kind: FrameType) -> Frame:
+    await wait_until(lambda: replica.sent(kind), 5, f"a {kind.name}")
+    return replica.sent(kind)[-1]
+
+
+async def test_remote_reserves_a_slot_and_starts_the_task_on_it(faked: Faked) -> None:
+    faked.gateway.tasks = tasks = FakeTasks()
+    replica = await faked.connect()
+    remote = asyncio.ensure_future(faked.handle.options(timeout_s=5).explain.remote("ref:1", two=2))
+    frame = await heard(replica, FrameType.RESERVE)
+    reserve = decode_message(Reserve, frame)
+    assert (reserve.target, reserve.deadline_ms) == ("explain", 5000)
+    assert tasks.waited == ["ref:1"] and not remote.done()
+    replica.say(FrameType.RESERVED, frame.stream, Reserved(0))
+    assert await remote == ("a", reserve.request_id, ("ref:1",), {"two": 2})
+
+
+async def test_remote_given_up_gives_its_slot_back(faked: Faked) -> None:
+    faked.gateway.tasks = FakeTasks()
+    replica = await faked.connect()
+    remote = asyncio.ensure_future(faked.handle.remote(1))
+    await heard(replica, FrameType.RESERVE)
+    remote.cancel()
+    await heard(replica, FrameType.CANCEL)
+    assert remote.cancelled()
+
+
+async def test_object_refs_among_the_arguments_of_a_call_are_fetched(faked: Faked) -> None:
+    faked.gateway.tasks = FakeTasks()
+    replica = await faked.connect()
+    call = asyncio.ensure_future(faked.handle.call("ref:1", "2", three="ref:3"))
+    frame = await heard(replica, FrameType.CALL)
+    message = decode_message(Call, frame)
+    assert load(message.sizes, frame.body) == (("1", "2"), {"three": "3"})
+    call.cancel()
 
 
 async def test_a_handle_does_not_pickle() -> None:

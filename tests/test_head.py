@@ -76,3 +76,9 @@ def test_fields_that_would_start_another_one_are_not_sendable() -> None:
     assert not are_sendable([(b"a:", b"c")])
     assert not are_sendable([(b"", b"c")])
     assert all(are_sendable([(b"x-%d" % number, b"c")]) for number in range(1000))
+
+
+def test_a_client_waits_a_day_at_most() -> None:
+    asked = {b"86400000": 86_400, b"86400001": 86_400, b"9999999999": 86_400, b"1500": 1.5}
+    for value, timeout_s in asked.items():
+        assert read_head([(b"x-request-timeout-ms", value)]).timeout_s == timeout_s

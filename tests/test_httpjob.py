@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 
 from serveit import App, BackendConfig, Query
+from serveit.exceptions import EncodingError, QueueFull
 from serveit.running.httpjob import Bindings
 from serveit.wire.frames import FREED, FrameType, HttpAnswer
 from serveit.wire.streams import WINDOW
@@ -429,3 +430,135 @@ def test_a_binding_is_planned_once() -> None:
     method = record.method()
     assert bindings.find("/<value:int>", method) is bindings.find("/<value:int>", method)
     assert bindings.find("/<value:int>", method) is not bindings.find("/x/<value:int>", method)
+
+
+# What peers would end the link over
+
+
+def with_field(response: Response, *fields: Any) -> Response:
+    response.raw_headers.extend(fields)
+    return response
+
+
+BAD_FIELDS = {
+    "str": (("x-foo", "bar"), "('x-foo', a pair of str and str)"),
+    "half": ((b"x-foo", "bar"), "(b'x-foo', a pair of bytes and str)"),
+    "number": ((b"x-foo", 5), "(b'x-foo', a pair of bytes and int)"),
+    "three": ((b"x-foo", b"a", b"b"), "(of type tuple)"),
+    "none": (None, "(of type NoneType)"),
+}
+
+
+@pytest.mark.parametrize("make", [lambda: Response("x"), lambda: StreamingResponse(iter(["x"]))])
+@pytest.mark.parametrize(("field", "shown"), BAD_FIELDS.values(), ids=BAD_FIELDS)
+async def test_a_header_field_that_is_not_octets_is_the_backends_error(
+    field: Any, shown: str, make: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def respond() -> Response:
+        return with_field(make(), field)
+
+    async with routed(respond) as caller:
+        failure = await caller.failure(caller.request())
+        assert (failure.status, failure.executed, failure.kind) == (500, "yes", "EncodingError")
+        assert f"a header field of the response {shown} is not a pair of bytes" in failure.detail
+    assert shown in caplog.text
+
+
+@pytest.mark.parametrize("make", [lambda: Response("x"), lambda: StreamingResponse(iter(["x"]))])
+async def test_octets_of_another_class_are_octets(make: Any) -> None:
+    class Octets(bytes): ...
+
+    async def respond() -> Response:
+        return with_field(make(), [Octets(b"x-a"), bytearray(b"1")], (b"x-b", memoryview(b"2")))
+
+    async with routed(respond) as caller:
+        answer, body = await caller.answer(caller.request())
+        assert {b"x-a": b"1", b"x-b": b"2"}.items() <= dict(answer.headers).items()
+        assert body == b"x"
+
+
+# What other backends did
+
+
+async def test_a_nested_failure_keeps_its_status_and_is_logged_in_a_line(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def busy() -> None:
+        raise QueueFull("use `handle.map(...)`")
+
+    async with routed(busy) as caller:
+        failure = await caller.failure(caller.request())
+        assert (failure.status, failure.executed) == (503, "yes")
+        assert failure.detail == "a backend that this one called did not take the request"
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert record.message == "GET / failed (request r1): QueueFull: use `handle.map(...)`"
+
+
+async def test_a_replica_that_stops_says_so_itself(caplog: pytest.LogCaptureFixture) -> None:
+    async def wait() -> None:
+        await asyncio.Event().wait()
+
+    async with routed(wait) as caller:
+        stream = caller.request()
+        await caller.listener._replica.aclose()
+        failure = await caller.failure(stream)
+        assert (failure.status, failure.detail) == (503, "the replica has been stopped")
+    assert caplog.records == []
+
+
+async def test_what_another_backend_could_not_send_is_not_told() -> None:
+    async def asks() -> None:
+        raise EncodingError("an argument of 'other' cannot be pickled (secret)", executed="no")
+
+    async def asks_for_lines() -> AsyncIterator[int]:
+        raise EncodingError("an argument of 'other' cannot be pickled (secret)", executed="no")
+        yield 1
+
+    for target in (asks, asks_for_lines):
+        async with routed(target) as caller:
+            failure = await caller.failure(caller.request())
+            assert (failure.status, failure.detail) == (500, "")
+
+
+async def test_what_it_could_not_send_itself_is_told() -> None:
+    async def nan() -> Any:
+        return [1, float("nan")]
+
+    async def lines() -> AsyncIterator[Any]:
+        yield [float("nan")]
+
+    for target, place in ((nan, "$[1]"), (lines, "$[0]")):
+        async with routed(target) as caller:
+            assert f"{place} is nan" in (await caller.failure(caller.request())).detail
+
+
+# Hints
+
+
+async def test_a_tuple_that_looks_like_a_status_is_hinted_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    async def create(kind: str) -> Any:
+        values: dict[str, Any] = {
+            "made": ({"id": 1}, 201),
+            "text": ("no", {}, 404),
+            "pair": (5, 201),
+            "true": ("x", True),
+            "large": ("x", 1_000),
+            "one": (201,),
+            "list": ["x", 201],
+        }
+        return values[kind]
+
+    async with routed(create, "/<kind>") as caller:
+        for kind in ("pair", "true", "large", "one", "list"):
+            assert (await caller.answer(caller.request("/<kind>", values=(kind,))))[0].status == 200
+        assert caplog.records == []
+        for kind in ("made", "text", "made"):
+            answer, body = await caller.answer(caller.request("/<kind>", values=(kind,)))
+            assert (answer.status, body[:1]) == (200, b"[")
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert record.message.startswith(
+        "GET /<kind> returned a tuple, which is sent as a list in JSON: if the 201"
+    )
+    assert "Response(..., status_code=201)" in record.message

@@ -924,6 +924,35 @@ async def test_an_answer_that_is_not_as_long_as_it_says_is_cut(
     assert "was cut off" in caplog.text
 
 
+async def test_a_length_that_is_none_is_the_backends_error(
+    app: App, caplog: pytest.LogCaptureFixture
+) -> None:
+    lengths = [["abc"], ["+1"], ["1_0"], ["9" * 5_000], ["1", "2"]]
+
+    @app.route("/length/<number:int>")
+    async def length(number: int) -> Response:
+        return own_length(Response("x"), lengths[number])
+
+    @app.route("/streamed/<number:int>")
+    async def streamed(number: int) -> Response:
+        return own_length(StreamingResponse(iter(["x"])), lengths[number])
+
+    async with wired(app) as wire:
+        for number in range(len(lengths)):
+            for path in ("length", "streamed"):
+                reply = await wire.get(f"/{path}/{number}")
+                assert is_problem(reply, 500, "yes"), reply
+                assert "content-length is " in reply.json["detail"]
+        assert (await wire.get("/whole")).body == b"whole"
+    assert "content-length is '1, 2': it must be one number" in caplog.text
+
+
+def own_length(response: Response, lengths: list[str]) -> Response:
+    kept = [field for field in response.raw_headers if field[0] != b"content-length"]
+    response.raw_headers[:] = [*kept, *((b"content-length", length.encode()) for length in lengths)]
+    return response
+
+
 async def test_a_shadow_that_fails_is_nobodys(app: App, caplog: pytest.LogCaptureFixture) -> None:
     app.add_route("/shadowed", traffic={"whole": 1}, shadow={"whole": 1})
     async with testing.local(app) as client:
@@ -1087,6 +1116,75 @@ async def test_a_middleware_that_fails_is_a_problem_too(app: App, caplog: pytest
             await wire.head()
             assert await wire.rest() == b"4\r\nsome\r\n"
     assert "failed in a middleware (request mine)" in caplog.text
+
+
+FIELD = (b"x-user", b"ada")
+FAULTS: dict[str, tuple[dict[str, Any], str]] = {
+    "value": (
+        {"headers": [FIELD, (b"x-user", "ada")]},
+        "the header field b'x-user' that is no pair of bytes",
+    ),
+    "name": ({"headers": [("x-user", b"ada")]}, "the header field 'x-user' that is no pair of bytes"),
+    "three": (
+        {"headers": [(b"x-user", b"ada", b"x")]},
+        "the header field b'x-user' that is no pair of bytes",
+    ),
+    "none": ({"headers": [None]}, "the header field None that is no pair of bytes"),
+    "tuple": ({"headers": (FIELD,)}, "headers that are a tuple"),
+    "path": ({"path": "/\ud800"}, "a scope whose 'path'"),
+    "method": ({"method": b"GET"}, "a scope whose 'method'"),
+    "query": ({"query_string": "a=1"}, "a scope whose 'query_string'"),
+    "raw path": ({"raw_path": "/whole"}, "a scope whose 'raw_path'"),
+    "root path": ({"root_path": b""}, "a scope whose 'root_path'"),
+    "client": ({"client": ("10.0.0.1", "80")}, "a scope whose 'client'"),
+    "server": ({"server": ("here",)}, "a scope whose 'server'"),
+}
+
+
+@pytest.mark.parametrize(("changes", "fault"), FAULTS.values(), ids=FAULTS)
+async def test_what_a_middleware_spoils_costs_only_its_own_request(
+    changes: dict[str, Any], fault: str, gated: tuple[App, Gate], caplog: pytest.LogCaptureFixture
+) -> None:
+    app, gate = gated
+
+    def spoiling(app: Any) -> Any:
+        async def spoilt(scope: Any, receive: Any, send: Any) -> None:
+            is_bad = scope["query_string"] == b"bad"
+            await app({**scope, **changes} if is_bad else scope, receive, send)
+
+        return spoilt
+
+    async with served(app, middlewares=[spoiling]) as url, connected(url) as slow, connected(url) as wire:
+        await slow.send(b"GET /wait HTTP/1.1\r\nHost: a\r\n\r\n")
+        await wait_until(lambda: gate.started == 1, 5, "it runs")
+        reply = await wire.get("/wait?bad")
+        assert is_problem(reply, 500, "no")
+        assert b"ada" not in reply.body
+        gate.open.set()
+        assert (await slow.reply()).body == b"done"
+    assert f"a middleware passed on a request with {fault}" in caplog.text
+
+
+async def test_what_middlewares_may_pass_on(app: App) -> None:
+    good: list[dict[str, Any]] = [
+        {"client": None, "server": ("/socket", None), "raw_path": None},
+        {"client": ["10.0.0.1", 80], "headers": [[b"x-user", b"ada"]]},
+        {"root_path": "/ü", "path": "/ü/whole"},
+    ]
+    seen: list[Any] = []
+
+    async def inner(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(scope)
+
+    for changes in good:
+
+        def changing(app: Any, changes: dict[str, Any] = changes) -> Any:
+            return lambda given, receive, send: app({**given, **changes}, receive, send)
+
+        wrapped = with_middlewares(inner, HTTPOptions(middlewares=[changing]))
+        scope = {"type": "http", "method": "GET", "path": "/whole", "query_string": b"", "headers": []}
+        await wrapped({**scope, "scheme": "http", "http_version": "1.1"}, None, None)  # type: ignore[arg-type]
+    assert len(seen) == len(good)
 
 
 async def test_other_scopes_pass_through_middlewares() -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from serveit.exceptions import ProtocolError
+from serveit.wire.channel import Channel, connect, listen
 from serveit.wire.frames import HEADER, MAX_FRAME, Decoder, Frame, FrameType, encode_frame
 from serveit.wire.link import Link, Receiver, deliver, lose, receive
 from serveit.wire.memory import memory_pair
@@ -34,6 +38,8 @@ class Recorder:
 
     def frame_received(self, frame: Frame) -> None:
         assert not self.losses, "link_lost comes last"
+        if frame.type == FrameType.PING and not frame.stream:
+            return  # a heartbeat
         self.frames.append(frame)
         self.on.get(frame.stream, lambda: None)()
 
@@ -43,16 +49,50 @@ class Recorder:
 
 
 Ends = tuple[Link, Link]
-Opener = Callable[[Receiver, Receiver], Awaitable[Ends]]
+Opener = Callable[[Receiver, Receiver], AbstractAsyncContextManager[Ends]]
 
 
-async def open_memory(one: Receiver, other: Receiver) -> Ends:
+@contextlib.asynccontextmanager
+async def open_memory(one: Receiver, other: Receiver) -> AsyncIterator[Ends]:
     ends = memory_pair()
     ends[0].receiver, ends[1].receiver = one, other
-    return ends
+    yield ends
 
 
-KINDS: dict[str, Opener] = {"memory": open_memory}
+@contextlib.asynccontextmanager
+async def open_channel(address: str, one: Receiver, other: Receiver) -> AsyncIterator[Ends]:
+    accepted: list[Channel] = []
+
+    def accept(channel: Channel) -> Receiver:
+        accepted.append(channel)
+        return other
+
+    listening = await listen(address, accept, role="replica", secret=b"hush")
+    try:
+        near = await connect(listening.address, one, role="caller", secret=b"hush")
+        await wait_until(lambda: accepted, 5, "the other end is there")
+        yield near, accepted[0]
+    finally:
+        await listening.aclose()
+
+
+@contextlib.asynccontextmanager
+async def open_unix(one: Receiver, other: Receiver) -> AsyncIterator[Ends]:
+    with tempfile.TemporaryDirectory() as directory:
+        async with open_channel(f"unix:{directory}/s", one, other) as ends:
+            yield ends
+
+
+def open_tcp(one: Receiver, other: Receiver) -> AbstractAsyncContextManager[Ends]:
+    return open_channel("tcp:127.0.0.1:0", one, other)
+
+
+KINDS: dict[str, Opener] = {"memory": open_memory, "unix": open_unix, "tcp": open_tcp}
+
+
+@pytest.fixture(params=[False, True], ids=["asyncio", "uvloop"])
+def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, bool]]:
+    return "asyncio", {"use_uvloop": request.param}
 
 
 class Pair:
@@ -74,12 +114,14 @@ class Pair:
 @pytest.fixture(params=KINDS)
 async def pair(request: pytest.FixtureRequest) -> AsyncIterator[Pair]:
     one, other = Recorder(), Recorder()
-    pair = Pair(one, other, await KINDS[request.param](one, other))
-    assert not pair.near.closed and not pair.far.closed
-    yield pair
-    pair.near.close()
-    pair.far.close()
-    await wait_until(lambda: one.losses and other.losses, 5, "the link is closed")
+    async with KINDS[request.param](one, other) as ends:
+        pair = Pair(one, other, ends)
+        assert not pair.near.closed and not pair.far.closed
+        assert not pair.near.stale and not pair.far.stale
+        yield pair
+        pair.near.close()
+        pair.far.close()
+        await wait_until(lambda: one.losses and other.losses, 5, "the link is closed")
 
 
 def send(link: Link, *streams: int) -> None:
@@ -255,6 +297,7 @@ async def test_a_frame_that_is_too_long_is_refused_and_the_link_goes_on(pair: Pa
 
 class FakeLink:
     closed = False
+    stale = False
 
     def send(self, *_: object, **__: object) -> None:
         raise AssertionError("nothing is sent here")
@@ -268,7 +311,7 @@ class FakeLink:
 
 
 def frame(stream: int) -> Frame:
-    return Frame(FrameType.PING, 0, stream, b"", b"")
+    return Frame(FrameType.STARTED, 0, stream, b"", b"")
 
 
 def test_frames_before_a_fault_in_the_octets_are_handed_over(caplog: pytest.LogCaptureFixture) -> None:

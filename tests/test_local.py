@@ -7,9 +7,10 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import anyio
 import pytest
 
-from serveit import App, Draining, HTTPOptions, local
+from serveit import App, Draining, HTTPOptions, NotServing, local
 from serveit.local import LocalRuntime
 from serveit.observe import NullObserver
 from serveit.testing import ManualClock
@@ -59,7 +60,7 @@ async def test_replicas_start_and_stop() -> None:
 async def test_an_empty_app() -> None:
     runtime = LocalRuntime(App(), http=QUIET)
     await runtime.start()
-    assert runtime.status() == {"app": "default", "url": None, "backends": {}}
+    assert await runtime.status() == {"app": "default", "url": None, "backends": {}, "failed": {}}
     await runtime.aclose()
 
 
@@ -93,9 +94,9 @@ async def test_what_does_not_end_in_time() -> None:
     assert not closing.done()
     await clock.advance(1)
     await closing
-    with pytest.raises(Exception) as caught:
+    with pytest.raises(Draining, match="the replica has been stopped") as caught:  # and not: has died
         await call
-    assert getattr(caught.value, "executed", None) == "maybe"
+    assert caught.value.executed == "yes"
     leave.set()
 
 
@@ -105,14 +106,146 @@ async def test_what_waits_is_refused_when_it_stops() -> None:
     runtime = LocalRuntime(app, http=QUIET)
     await runtime.start()
     handle = runtime.get_handle("wait")
-    calls = [asyncio.ensure_future(handle.call()) for _ in range(3)]
+    calls = [asyncio.ensure_future(handle.call()) for _ in range(4)]
     await entered.wait()
     closing = asyncio.ensure_future(runtime.aclose())
-    await asyncio.sleep(0)
+    refused = await asyncio.gather(*calls[2:], return_exceptions=True)  # at once: nothing has ended yet
+    assert all(isinstance(result, Draining) for result in refused)
+    with pytest.raises(Draining):
+        await handle.call()
     leave.set()
     await closing
-    results = await asyncio.gather(*calls, return_exceptions=True)
-    assert results[0] == "done" and all(isinstance(result, Draining) for result in results[1:])
+    assert await asyncio.gather(*calls[:2]) == ["done", "done"]  # the second was with the replica already
+
+
+@pytest.mark.parametrize("kind", ["async", "def", "batch"])
+async def test_what_runs_may_call_others_while_it_stops(kind: str) -> None:
+    app, entered, leave = App(), threading.Event(), asyncio.Event()
+    go_on = threading.Event()
+
+    @app.backend
+    async def inner(x: int) -> int:
+        return x + 1
+
+    if kind == "async":
+
+        @app.backend(name="outer")
+        async def outer(x: int) -> int:
+            entered.set()
+            await leave.wait()
+            return await inner.call(x)
+
+    elif kind == "def":
+
+        @app.backend(name="outer")
+        def outer_def(x: int) -> int:
+            entered.set()
+            go_on.wait(10)
+            result: int = app.handle("inner", sync=True).call(x)
+            return result
+
+    else:
+
+        @app.backend(name="outer", max_batch_size=4)
+        async def outer_batch(items: list[int]) -> list[int]:
+            entered.set()
+            await leave.wait()
+            return [await inner.call(x) for x in items]
+
+    runtime = LocalRuntime(app, http=QUIET)
+    await runtime.start()
+    call = asyncio.ensure_future(runtime.get_handle("outer").call(1))
+    await wait_until(entered.is_set, 5, "the outer one to run")
+    closing = asyncio.ensure_future(runtime.aclose())
+    await asyncio.sleep(0)
+    with pytest.raises(Draining):
+        await runtime.get_handle("inner").call(1)
+    leave.set()
+    go_on.set()
+    assert await call == 2
+    await asyncio.wait_for(closing, 5)
+
+
+# -- stops that are cut short ----------------------------------------------------------------
+
+
+async def test_a_cancelled_stop_stops_everything_all_the_same() -> None:
+    app, events, log, entered = App(), Events(), list[str](), asyncio.Event()
+
+    @app.backend
+    class Model:
+        async def __call__(self) -> None:
+            entered.set()
+            await asyncio.Event().wait()
+
+        async def aclose(self) -> None:
+            await asyncio.sleep(0)
+            log.append("cleaned up")
+
+    @app.backend
+    def plain() -> None: ...
+
+    runtime = LocalRuntime(app, http=QUIET, observer=events)
+    await runtime.start()
+    await runtime.get_handle("plain").call()  # it has a thread now
+    call = asyncio.ensure_future(runtime.get_handle("Model").call())
+    await entered.wait()
+    closing = asyncio.ensure_future(runtime.aclose())
+    for _ in range(3):
+        await asyncio.sleep(0)
+        closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    with pytest.raises(Draining):
+        await call
+    assert log == ["cleaned up"]
+    assert {replica for replica, event in events.seen if event == "stopped"} == {"Model#1", "plain#1"}
+    await runtime.aclose()
+
+
+async def test_a_stop_in_a_cancelled_scope_stops_everything() -> None:
+    app, log = App(), list[str]()
+
+    @app.backend
+    class Model:
+        async def __call__(self) -> None: ...
+
+        async def aclose(self) -> None:
+            await asyncio.sleep(0.01)
+            log.append("cleaned up")
+
+    runtime = LocalRuntime(app, http=QUIET)
+    await runtime.start()
+    with anyio.CancelScope() as scope:
+        scope.cancel()
+        await runtime.aclose()
+    assert log == ["cleaned up"]
+
+
+async def test_a_stop_cancelled_while_http_requests_end() -> None:
+    app, entered = App(), threading.Event()
+
+    @app.route("/wait")
+    async def wait() -> str:
+        entered.set()
+        await asyncio.Event().wait()
+        return "never"
+
+    runtime = LocalRuntime(app, http=HTTPOptions(port=0))
+    await runtime.start()
+    assert runtime.proxy is not None
+    port = int(runtime.proxy.url.rpartition(":")[2])
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"GET /wait HTTP/1.1\r\nhost: x\r\n\r\n")
+    await wait_until(entered.is_set, 5, "the request to run")
+    closing = asyncio.ensure_future(runtime.aclose())
+    await wait_until(lambda: not runtime.ingress.ready, 5, "the end to begin")
+    closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(closing, 5)
+    assert (await reader.read()).startswith(b"HTTP/1.1 503 ")
+    writer.close()
+    await writer.wait_closed()
 
 
 async def test_http_requests_end_within_the_same_time() -> None:
@@ -288,4 +421,32 @@ async def test_an_import_string_is_served() -> None:
     runtime = LocalRuntime(app, http=QUIET)
     await runtime.start()
     assert await app.handle("late").call("x", ["y"]) == "there is 'y'"
+    await runtime.aclose()
+
+
+async def test_names_are_known_while_it_starts_and_calls_have_to_wait() -> None:
+    app = App()
+
+    @app.backend
+    async def double(x: int) -> int:
+        return 2 * x
+
+    @app.backend
+    class Model:
+        def __init__(self) -> None:
+            self.double = app.handle("double")
+            with pytest.raises(KeyError, match="did you mean 'double'"):
+                app.handle("duoble")
+
+        async def setup(self) -> None:
+            with pytest.raises(NotServing, match="'double' cannot be called yet: app 'default' is still"):
+                await self.double.call(1)
+
+        async def __call__(self, x: int) -> int:
+            result: int = await self.double.call(x)
+            return result
+
+    runtime = LocalRuntime(app, http=QUIET)
+    await runtime.start()
+    assert await runtime.get_handle("Model").call(2) == 4
     await runtime.aclose()

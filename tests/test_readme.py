@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import importlib
 import inspect
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +18,7 @@ import pytest
 
 import serveit
 from serveit.testing import TestClient
+from tests.cluster.instance import Instance
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -33,6 +36,9 @@ class Block(NamedTuple):
 
 BLOCKS = [Block(*found) for found in re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)]
 PYTHON = [index for index, block in enumerate(BLOCKS) if block.language == "python"]
+APPS = [index for index in PYTHON if "app = App()" in BLOCKS[index].text]
+PROGRAMS = [index for index in PYTHON if index not in APPS]
+"""Programs beside an app, the last one above them; on Ray."""
 
 
 def run_block(text: str, name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
@@ -65,27 +71,49 @@ def curl(client: TestClient, command: str) -> str:
     return client.request(method, url, headers=headers, content=body).text
 
 
-@pytest.mark.parametrize("index", PYTHON, ids=lambda index: f"block {index}")
-def test_blocks_do_what_is_shown(
-    index: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("index", APPS, ids=lambda index: f"block {index}")
+def test_blocks_do_what_is_shown(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
     block, following = [*BLOCKS, Block("", "")][index : index + 2]
-    if "from app import app" in block.text:
-        run_block(BLOCKS[PYTHON[PYTHON.index(index) - 1]].text, "app", monkeypatch)
     module = run_block(block.text, "app_of_readme", monkeypatch)
     tests = [test for name, test in vars(module).items() if name.startswith("test_")]
-    if tests:
-        for test in tests:
-            asyncio.run(test()) if inspect.iscoroutinefunction(test) else test()
-    elif following.language == "text":
-        assert capsys.readouterr().out == following.text
-    else:
+    for test in tests:
+        asyncio.run(test()) if inspect.iscoroutinefunction(test) else test()
+    if not tests:
         assert following.language == "console", "nothing shows what the block does"
         with TestClient(module.app) as client:
             requests = shown_requests(following.text)
             assert requests
             for command, output in requests:
                 assert curl(client, command).rstrip("\n") == output.rstrip("\n"), command
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("index", PROGRAMS, ids=lambda index: f"block {index}")
+def test_programs_print_what_is_shown(
+    index: int, instance: Instance, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = BLOCKS[max(other for other in APPS if other < index)]
+    program, printed = BLOCKS[index : index + 2]
+    assert printed.language == "text", "nothing shows what the program prints"
+    (tmp_path / "app.py").write_text(app.text, encoding="utf-8")
+    (tmp_path / "program.py").write_text(program.text, encoding="utf-8")
+    if "serveit.connect()" not in program.text:
+        assert output_of("program.py", tmp_path, instance.environment) == printed.text
+        return
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "app", raising=False)
+    monkeypatch.setitem(sys.modules, "app", importlib.import_module("app"))
+    with serveit.serve(sys.modules["app"].app):
+        environment = {**instance.environment, "RAY_ADDRESS": instance.address}
+        assert output_of("program.py", tmp_path, environment) == printed.text
+
+
+def output_of(program: str, folder: Path, environment: dict[str, str]) -> str:
+    """What a program of its own prints."""
+    command = [sys.executable, program]
+    ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=50)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
 
 
 def test_first_block_is_the_hello_example() -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -169,6 +173,70 @@ def test_a_stop_while_the_new_code_starts(folder: Path, command: Command) -> Non
     assert time.monotonic() - asked < 5
 
 
+SLOW = """
+@app.route("/slow")
+@app.backend(graceful_shutdown_timeout_s=100)
+async def slow() -> str:
+    import asyncio
+    from pathlib import Path
+    print("slow", flush=True)
+    while not Path("go").exists():
+        await asyncio.sleep(0.01)
+    return "done"
+"""
+
+
+def ask_slowly(command: Command, url: str) -> Future[str]:
+    """Ask for what takes until there is a file "go", in a thread; it runs by now."""
+    answer: Future[str] = Future()
+    threading.Thread(target=lambda: answer.set_result(fetch(f"{url}/slow"))).start()
+    command.wait_for("^slow$")
+    return answer
+
+
+def test_ctrl_c_in_a_terminal_lets_requests_end(folder: Path) -> None:
+    save(folder, APP.format(version="one") + SLOW)
+    with serveit("run", "main:app", "--local", "--port", "0", "--reload", folder=folder) as command:
+        url = command.url()
+        pid = int(fetch(f"{url}/pid"))
+        assert os.getpgid(pid) != command.process.pid  # or it would get two signals, which end it at once
+        answer = ask_slowly(command, url)
+        os.killpg(command.process.pid, signal.SIGINT)  # as a terminal does
+        command.wait_for("stopping once 1 running requests have ended")
+        assert is_alive(pid)
+        (folder / "go").touch()
+        assert answer.result(10) == "done"
+        assert command.end(5) == 0
+        assert not is_alive(pid)
+
+
+def test_new_code_is_followed_while_the_old_finishes(folder: Path) -> None:
+    save(folder, APP.format(version="one") + SLOW)
+    with serveit("run", "main:app", "--local", "--port", "0", "--reload", folder=folder) as command:
+        url = command.url()
+        answer = ask_slowly(command, url)
+        for version in ("two", "three"):
+            save(folder, version)
+            command.wait_for(STARTING)
+            command.url()
+            until(lambda version=version: fetch(url) == version, f"{version} to answer")
+        (folder / "go").touch()
+        assert answer.result(10) == "done"
+        assert command.stop() == 0
+
+
+def test_new_code_that_hangs_gives_way_to_newer(folder: Path, command: Command) -> None:
+    url = command.url()
+    save(folder, "print('importing', flush=True)\nimport time; time.sleep(600)")
+    command.wait_for("^importing$")
+    assert fetch(url) == "one"
+    save(folder, "two")
+    command.wait_for(STARTING)
+    command.url()
+    until(lambda: fetch(url) == "two", "the newer code to answer")
+    assert command.stop() == 0
+
+
 def test_the_second_signal_ends_at_once(folder: Path) -> None:
     save(folder, APP.format(version="one") + "\n@app.route('/slow')\nasync def slow() -> None:\n"
          "    import asyncio\n    print('slow', flush=True)\n    await asyncio.sleep(60)\n")  # fmt: skip
@@ -216,31 +284,87 @@ def test_what_is_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert reload._folders("nothing.py") == [here]
 
 
-class Deaf:
-    """A process that does not end when it is asked to."""
+@dataclass
+class Started:
+    """A process in place of a child's, and the end of the pipe on which it tells that it answers."""
 
-    def __init__(self) -> None:
-        self.calls: list[str] = []
+    child: reload.Child
+    process: subprocess.Popen[bytes]
+    writer: int
 
-    def poll(self) -> int | None:
-        return None
-
-    def terminate(self) -> None:
-        self.calls.append("terminate")
-
-    def kill(self) -> None:
-        self.calls.append("kill")
-
-    def wait(self, timeout_s: float | None = None) -> int:
-        if timeout_s is not None:
-            raise subprocess.TimeoutExpired("deaf", timeout_s)
-        return -9
+    def tell(self, octets: bytes) -> None:
+        os.write(self.writer, octets)
 
 
-def test_a_child_that_does_not_end_is_killed() -> None:
-    process = Deaf()
-    reload.Child(process).stop(0.01)  # type: ignore[arg-type]
-    assert process.calls == ["terminate", "kill"]
+@pytest.fixture
+def deaf() -> Iterator[Started]:
+    """One that does not end when it is asked to."""
+    reader, writer = os.pipe()
+    code = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); signal.pause()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, process_group=0
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        process.stdout.readline()
+        child = reload.Child(process, reader)
+        try:
+            yield Started(child, process, writer)
+        finally:
+            process.kill()
+            child.close()
+            os.close(writer)
+
+
+def test_a_child_that_does_not_end_is_killed(deaf: Started, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reload, "STARTING_S", 0.05)
+    assert deaf.child.left_s == math.inf
+    deaf.child.stop()
+    assert 0 < deaf.child.left_s <= 0.05
+    deaf.child.wait()
+    assert deaf.process.returncode == -signal.SIGKILL
+    deaf.child.kill()  # nothing is left to be killed
+
+
+def test_a_child_has_as_long_as_its_requests_have(deaf: Started) -> None:
+    assert not deaf.child.look()
+    deaf.child.stop()
+    assert deaf.child.left_s <= reload.STARTING_S
+    deaf.tell(b"3600.000000")  # it had begun to answer just then
+    assert 3600 < deaf.child.left_s <= 3600 + reload.MARGIN_S
+    assert deaf.child.look()
+
+
+def test_late_children_are_killed_and_nobody_waits_for_the_others(
+    deaf: Started, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with reload.Stop() as stop:
+        supervisor = reload.Supervisor("nothing:app", [], None, stop)
+        stop.children.append(deaf.child)
+        deaf.child.stop()
+        supervisor._look()
+        assert stop.children == [deaf.child]
+        monkeypatch.setattr(reload, "STARTING_S", 0.0)
+        monkeypatch.setattr(deaf.child, "close", lambda: None)
+
+        def is_gone() -> bool:
+            supervisor._look()
+            return not stop.children
+
+        until(is_gone, "its end")
+        assert deaf.process.returncode == -signal.SIGKILL
+        supervisor.close()
+
+
+def test_the_second_signal_kills_the_children(deaf: Started, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends: list[int] = []
+    monkeypatch.setattr(os, "_exit", ends.append)
+    with reload.Stop() as stop:
+        stop.children.append(deaf.child)
+        signal.raise_signal(signal.SIGINT)
+        assert deaf.process.poll() is None
+        signal.raise_signal(signal.SIGINT)
+        assert deaf.process.wait(5) == -signal.SIGKILL
+    assert ends == [130]
 
 
 def test_stopped_before_it_watches(tmp_path: Path) -> None:
@@ -257,9 +381,8 @@ def test_the_stop_signal(monkeypatch: pytest.MonkeyPatch) -> None:
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with reload.Stop() as stop:
         assert not stop.is_set()
-        os.set_blocking(stop.fileno(), False)
         signal.raise_signal(signal.SIGINT)
-        assert stop.is_set() and os.read(stop.fileno(), 8) == b"1"
+        assert stop.is_set()
         signal.raise_signal(signal.SIGINT)
         assert ends == [130]
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers

@@ -31,11 +31,12 @@ from serveit.context import context, resolve
 from serveit.control.snapshot import BackendInfo, ReplicaInfo
 from serveit.declare.encoding import is_stream
 from serveit.observe import NullObserver
+from serveit.running import replica as replica_module
 from serveit.running.httpjob import Bindings
 from serveit.running.listener import Listener
 from serveit.running.replica import Replica, ReplicaStatistics
 from serveit.testing import ManualClock
-from serveit.wire.frames import FrameType, Refusal, decode_message
+from serveit.wire.frames import FREED, FrameType, Refusal, decode_message
 from serveit.wire.link import Link, Receiver
 from serveit.wire.memory import memory_pair
 from serveit.wire.pickles import dump
@@ -1175,6 +1176,106 @@ async def test_a_drain_does_not_wait_for_more_items() -> None:
         await ticks()
         assert await replica.drain() is True
         assert await caller.result(stream) == 1
+
+
+async def test_idle_waits_with_open_doors() -> None:
+    gate, other = Gate(), Gate()
+    gates = {"one": gate, "two": other}
+
+    async def work(name: str) -> Any:
+        return await gates[name](name)
+
+    async with running(work) as replica:
+        caller = Caller(replica)
+        assert replica.is_idle and await replica.idle(1)
+        one = caller.call("one")
+        await ticks()
+        assert not replica.is_idle
+        assert await replica.idle(0) is False
+        waiting = asyncio.ensure_future(replica.idle(5))
+        two = caller.call("two")
+        gate.open()
+        assert await caller.result(one) == "one"
+        await ticks()
+        assert not waiting.done()
+        other.open()
+        assert await caller.result(two) == "two"
+        assert await waiting is True
+        assert replica.is_idle and not replica.statistics().draining
+
+
+@pytest.mark.parametrize("kind", ["call", "batch"])
+async def test_large_answers_keep_their_slots_while_too_much_waits_to_be_read(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = 2 * WINDOW
+    monkeypatch.setattr(replica_module, "MAX_UNREAD", 2 * size)
+    made = 0
+
+    async def large(x: int) -> bytes:
+        nonlocal made
+        made += 1
+        return b"x" * size
+
+    async def batch(items: list[int]) -> list[bytes]:
+        return [await large(item) for item in items]
+
+    options: dict[str, Any] = {"max_batch_size": 1} if kind == "batch" else {}
+    target = batch if kind == "batch" else large
+    async with running(target, max_ongoing_requests=1, **options) as replica:
+        callers = [Caller(replica) for _ in range(5)]
+        streams = [caller.call(number) for number, caller in enumerate(callers)]
+        await ticks(30)
+        assert made == 3
+        assert replica.statistics().running == 1
+        flags = [caller.link.of(stream)[0].flags for caller, stream in zip(callers, streams, strict=True)]
+        kinds = [caller.link.kinds(stream)[-1] for caller, stream in zip(callers, streams, strict=True)]
+        assert kinds[3:] == [FrameType.QUEUED, FrameType.QUEUED] and flags[3:] == [0, 0]
+        freed = [
+            frame.flags
+            for caller, stream in zip(callers, streams, strict=True)
+            for frame in caller.link.of(stream)
+            if frame.type == FrameType.ANSWER
+        ]
+        assert freed == [FREED, FREED, 0]
+        third, stream = callers[2], streams[2]
+        await wait_until(lambda: third.take(stream) < 0 or third.is_over(stream), 5, "the third is read")
+        await ticks(30)
+        assert made == 4  # the slot is the next one's, which keeps it
+        callers[3].cancel(streams[3])
+        assert (await callers[3].failure(streams[3])).executed == "yes"
+        await ticks(30)
+        assert made == 5
+        for caller, stream in zip(callers, streams, strict=True):
+            await wait_until(
+                lambda caller=caller, stream=stream: caller.take(stream) < 0 or caller.is_over(stream),  # type: ignore[misc]
+                5,
+                "all is read",
+            )
+        assert replica.is_idle
+        assert replica._unread == 0
+
+
+async def test_a_result_that_asks_for_the_end_of_the_process_costs_its_mates_nothing() -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            raise SystemExit(3)
+
+    async def batch(items: list[int]) -> list[Any]:
+        return [Evil() if item == 0 else item for item in items]
+
+    exits: list[BaseException] = []
+    record = backend_of(batch, max_batch_size=4)
+    replica = Replica(record, id="x", app="app", clock=LoopClock(), on_exit=exits.append)
+    await replica.start()
+    caller = Caller(replica)
+    streams = [caller.call(number) for number in range(3)]
+    with pytest.raises(RemoteError, match="SystemExit: 3"):
+        await caller.result(streams[0])
+    assert [await caller.result(stream) for stream in streams[1:]] == [1, 2]
+    assert [repr(error) for error in exits] == ["SystemExit(3)"]
+    assert replica.is_idle
+    await replica.aclose()
 
 
 async def test_a_drain_waits_for_large_answers_that_still_go_out() -> None:

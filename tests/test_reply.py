@@ -28,9 +28,13 @@ class Owner:
 
     def __init__(self) -> None:
         self.ended: list[int] = []
+        self.free = True
 
     def others(self) -> int:
         return 3
+
+    def is_free(self, reply: Reply) -> bool:
+        return self.free
 
     def reply_ended(self, reply: Reply) -> None:
         self.ended.append(reply.stream)
@@ -215,3 +219,18 @@ def test_a_reply_that_has_ended_ends_once(fixture: Fixture) -> None:
     fixture.reply.abort(ReplicaDied("gone"))
     assert fixture.link.kinds(7) == [FrameType.ERROR]
     assert fixture.owner.ended == [7]
+
+
+def test_a_large_answer_whose_slot_is_kept_until_it_is_read() -> None:
+    fixture = Fixture()
+    fixture.owner.free = False
+    size = WINDOW + 1
+    fixture.reply.whole(fixture.head(), [bytes(size)], size)
+    assert fixture.frames[0] == (FrameType.ANSWER, 0, 0)
+    assert (fixture.reply.keeps_slot, fixture.reply.unread, fixture.reply.is_sending) == (True, size, True)
+    fixture.reply.credited(sum(cost(length) for _, _, length in fixture.frames[1:]))
+    assert fixture.frames[-1][:2] == (FrameType.DATA, END)
+    assert not fixture.reply.keeps_slot
+    fixture = Fixture()
+    fixture.reply.whole(fixture.head(), [bytes(size)], size)
+    assert (fixture.frames[0][1], fixture.reply.keeps_slot) == (FREED, False)

@@ -5,6 +5,7 @@ import collections
 import gc
 import logging
 import random
+from contextvars import copy_context
 from dataclasses import dataclass, field
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from serveit.calling.exchange import Phase
 from serveit.calling.router import RouterStatistics
+from serveit.context import Context, enter
 from serveit.control.snapshot import ReplicaInfo
 from serveit.exceptions import (
     DeadlineExceeded,
@@ -32,6 +34,7 @@ from serveit.wire.frames import (
     Buffer,
     Call,
     FrameType,
+    Load,
     Message,
     decode_message,
 )
@@ -249,18 +252,71 @@ async def test_refusals_do_not_go_round_in_circles(rig: Rig) -> None:
 
 
 async def test_draining_replicas_get_nothing_more(rig: Rig) -> None:
+    gate = rig.replicas.gates["b"] = asyncio.Event()
+    await rig.update("a", limit=1)
+    first, second = rig.submit_many(2)
+    waiting = rig.submit("waiting")
+    updating = asyncio.ensure_future(rig.update("a", "b", limit=1))
+    await asyncio.sleep(0)
+    rig["a"].queued(2)
+    rig["a"].refuse(2, "draining")
+    assert second.phase == waiting.phase == Phase.WAITING  # for the successor
+    assert len(rig["a"].calls) == 2
+    assert rig.router.statistics().replicas_ready == 0
+    gate.set()
+    await updating
+    assert [call.request_id for call in rig["b"].calls] == ["1", "waiting"]
+    rig["a"].answer(1)
+    assert first.phase == Phase.DONE
+
+
+@pytest.mark.parametrize("word", ["refused", "goaway"])
+async def test_nothing_waits_where_all_replicas_drain_and_no_successor_is_named(rig: Rig, word: str) -> None:
     await rig.update("a", limit=1)
     first, second = rig.submit_many(2)
     waiting = rig.submit("waiting")
     rig["a"].queued(2)
+    if word == "goaway":
+        rig["a"].goaway()
+        rig["a"].goaway()
+        assert second.phase == Phase.QUEUED
     rig["a"].refuse(2, "draining")
-    assert second.phase == waiting.phase == Phase.WAITING
-    assert len(rig["a"].calls) == 2
-    assert rig.router.statistics().replicas_ready == 0
-    await rig.update("a", "b", limit=1)
-    assert [call.request_id for call in rig["b"].calls] == ["1", "waiting"]
+    for exchange in second, waiting:
+        with pytest.raises(Draining) as caught:
+            await exchange.answer
+        assert caught.value.executed == "no"
+    await rig.update("a", limit=1)  # nothing new
+    with pytest.raises(Draining):
+        rig.submit("new")
     rig["a"].answer(1)
-    assert first.phase == Phase.DONE
+    await first.answer
+    await rig.update(limit=1)  # others may be on their way
+    assert rig.submit("patient").phase == Phase.WAITING
+
+
+async def test_a_router_that_drains_takes_calls_of_running_requests_only(rig: Rig) -> None:
+    await rig.update("a", limit=1)
+    running, _, outside = (rig.submit(name) for name in ("running", "prefetched", "outside"))
+    within = copy_context()
+    within.run(enter, Context("app", "caller", "caller#1", "r1"), None)
+    nested = within.run(rig.submit, "nested")
+    rig.router.drain()
+    with pytest.raises(Draining, match="backend 'model' is being shut down"):
+        await outside.answer
+    with pytest.raises(Draining):
+        rig.submit("late")
+    within.run(enter, Context("app", "caller", "caller#1"), None)  # as it starts: no request
+    with pytest.raises(Draining):
+        within.run(rig.submit, "in the background")
+    rig["a"].refuse(2)
+    for stream in 1, 3:
+        rig["a"].answer(stream)
+    assert [call.request_id for call in rig["a"].calls][2:] == ["prefetched", "nested"]
+    assert (running.phase, nested.phase) == (Phase.DONE, Phase.SENT)
+    rig.router.close()
+    with pytest.raises(NotServing):
+        within.run(rig.submit, "too late")
+    await asyncio.sleep(0)
 
 
 async def test_goaway_stops_new_requests_and_leaves_those_under_way(rig: Rig) -> None:
@@ -269,7 +325,8 @@ async def test_goaway_stops_new_requests_and_leaves_those_under_way(rig: Rig) ->
     exchanges = rig.submit_many(5)
     assert {e.connection.replica.id for e in exchanges if e.connection is not None} == {"b"}
     rig["b"].goaway()
-    assert rig.submit().phase == Phase.WAITING
+    with pytest.raises(Draining):
+        rig.submit()
     rig["b"].answer(1, "still")
     await exchanges[0].answer
 
@@ -752,6 +809,7 @@ class AbidingReplica(FakeReplica):
         elif operation == 10:
             self.others = other % 4
             self.next_one()
+            self.tell()
         elif operation == 11 and other % 4 == 0:
             self.die()
         elif operation == 12 and other % 4 == 0:
@@ -816,6 +874,11 @@ class AbidingReplica(FakeReplica):
             if held.state == "waiting" and running + self.others < self.limit:
                 self.started(stream, others=self.others)
                 self.run(held)
+
+    def tell(self) -> None:
+        states = [held.state for held in self.held.values()]
+        if states.count("running") + self.others < self.limit and "waiting" not in states:
+            self.say(FrameType.PING, 0, Load(self.others))
 
     def finish(self, choice: int, how: int) -> bool:
         """End, or go on with, one of the requests that run or whose answer is under way."""
@@ -897,7 +960,7 @@ class World:
                 self.rig.router.submit_now(exchange)
             else:
                 self.rig.router.submit(exchange)
-        except QueueFull:
+        except (QueueFull, Draining):
             del self.exchanges[name]
 
     async def step(self, operation: int, one: int, other: int) -> None:

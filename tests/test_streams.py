@@ -20,6 +20,8 @@ from serveit.wire.streams import FRAME_COST, WINDOW, Collector, Inflow, Outflow,
 class Wire:
     """One end of a link that only keeps what was sent."""
 
+    stale = False
+
     def __init__(self) -> None:
         self.closed = False
         self.sent: deque[Frame] = deque()

@@ -148,6 +148,20 @@ def test_remote_needs_ray(client: SyncClient) -> None:
         client.get_handle("double").remote(1)
 
 
+def test_options_that_no_frame_takes_are_refused_at_once(client: SyncClient) -> None:
+    handle = client.get_handle("double")
+    for name in ("method_name", "shard_key"):
+        with pytest.raises(
+            ValueError, match=rf"{name} must be text that UTF-8 has a form for, got 'a.ud800'"
+        ):
+            handle.options(**{name: "a\ud800"})
+        handle.options(**{name: "größe\U0001f600"})
+
+
+def test_a_wait_of_an_age_is_one_of_a_year(client: SyncClient) -> None:
+    assert client.get_handle("double").options(timeout_s=1e17).call(2) == 4
+
+
 def test_a_timeout(client: SyncClient) -> None:
     with pytest.raises(DeadlineExceeded):
         client.get_handle("stuck").options(timeout_s=0.05).call()
@@ -274,6 +288,26 @@ def test_after_the_end_it_says_so(app: App) -> None:
         ):
             attempt()
     stream.close()
+
+
+def test_going_on_with_an_iterator_after_the_end_says_so(app: App) -> None:
+    with serveit.serve(app, local=True, http={"location": None}) as client:
+        stream: Any = client.get_handle("endless").stream()
+        results: Any = client.get_handle("double").map(range(100), max_in_flight=2)
+        assert (next(stream), next(results)) == (0, 0)
+    for iterator, name in ((stream, "endless"), (results, "double")):
+        with pytest.raises(NotServing, match=rf"default/{name}>: app 'default' has been shut down"):
+            next(iterator)
+        with pytest.raises(StopIteration):
+            next(iterator)
+
+
+async def test_an_iterator_in_the_loop_that_it_needs_is_no_end(app: App) -> None:
+    async with local(app) as client:
+        stream: Any = await asyncio.to_thread(client.get_handle("words", sync=True).stream, "a b")
+        with pytest.raises(RuntimeError, match="event loop thread") as caught:
+            next(stream)
+        assert not isinstance(caught.value, NotServing)
 
 
 async def test_a_call_that_the_end_cuts_off(app: App) -> None:

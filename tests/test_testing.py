@@ -82,7 +82,7 @@ async def test_http_without_a_socket() -> None:
         assert (await client.http.get("/v1/double/x")).status_code == 404
         failed = await client.http.get("/v1/fails")
         assert failed.status_code == 500 and "in user code" in failed.text
-        assert client.url is None and client.status()["app"] == "mine"
+        assert client.url is None and (await client.status())["app"] == "mine"
 
 
 async def test_a_local_start_that_fails() -> None:

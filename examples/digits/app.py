@@ -1,5 +1,5 @@
 """Handwritten digits: scikit-learn's real scans, a model fitted in the constructor, batches, and a page
-on which one draws. Run it with `serveit run examples/digits/app.py --local`.
+on which one draws. Run it with `serveit run examples/digits/app.py`.
 """
 
 from __future__ import annotations
@@ -77,12 +77,12 @@ def with_neighbours(rows: Any) -> Any:
 
 
 # Looking at 32 images costs the model two or three times what looking at one does: full batches make it
-# fast. Whoever sends 64 at once gets them anyway: 32 gather while 32 are looked at. Over HTTP the last few
-# may be a little late; 10 ms let a batch fill (a full one starts at once), also on a slow or busy machine,
-# and nobody who draws a digit notices them.
-@app.backend(max_batch_size=32, batch_wait_timeout_s=0.01)
+# fast. Whoever sends 64 at once fills one for each of two replicas. Over HTTP the last few may be a little
+# late; 10 ms let a batch fill (a full one starts at once), also on a slow or busy machine, and nobody who
+# draws a digit notices them.
+@app.backend(num_replicas=2, max_batch_size=32, batch_wait_timeout_s=0.01)
 class Digits:
-    """The model. Each replica has one, fitted when it starts."""
+    """The model. Each replica has one, fitted when it starts, in a process of its own."""
 
     def __init__(self) -> None:
         # A replica keeps one core busy: with matrices this small, more threads cost more than they give.

@@ -1,11 +1,12 @@
-"""Sends the whole test set to the digits app, by `handle.map` and over HTTP, 64 in flight each way, and
-prints accuracy, throughput and batch sizes of both.
+"""Sends the whole test set to the digits app in four ways, and prints accuracy, throughput and batch sizes
+of each: over HTTP, by `handle.map`, by `handle.remote` (whose ObjectRefs are awaited), 64 in flight each;
+and by the blocking handle from 8 threads.
 
-    python examples/digits/client.py                              # serves the app itself, in this process
+    python examples/digits/client.py                              # serves the app itself, on Ray
+    python examples/digits/client.py --local                      # in this process: without `remote`
     python examples/digits/client.py --url http://127.0.0.1:8000  # asks one that runs: HTTP only
 
-Without `--url` the app and the two callers share one process: the figures compare the two ways on this
-machine, they are no benchmark of either.
+All of it shares this machine: the figures compare the ways, they are no benchmark of any.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import asyncio
 import sys
 import time
 from collections.abc import Awaitable
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 import msgspec
@@ -23,6 +25,7 @@ from app import Image, Prediction, Scan, app, load_scans
 import serveit
 
 IN_FLIGHT = 64
+NUM_THREADS = 8
 
 
 class Connection:
@@ -48,11 +51,36 @@ class Connection:
         await self._writer.wait_closed()
 
 
-async def by_handle(client: serveit.Client, scans: list[Scan]) -> list[Prediction]:
-    """Through a native handle: Python objects in, Python objects out, in their order."""
+async def by_call(client: serveit.Client, scans: list[Scan]) -> list[Prediction]:
+    """Python objects in, Python objects out, in their order: straight to the replicas, the fast way."""
     handle = client.get_handle("Digits")
     images = (scan.image for scan in scans)
     return [prediction async for prediction in handle.map(images, max_in_flight=IN_FLIGHT)]
+
+
+async def by_remote(client: serveit.Client, scans: list[Scan]) -> list[Prediction]:
+    """By way of ObjectRefs, which could as well be given to other Ray tasks without fetching them."""
+    handle = client.get_handle("Digits")
+    room = asyncio.Semaphore(IN_FLIGHT)
+
+    async def one(image: Image) -> Prediction:
+        async with room:
+            ref = await handle.remote(image)
+            prediction: Prediction = await ref
+            return prediction
+
+    return await asyncio.gather(*(one(scan.image) for scan in scans))
+
+
+async def by_threads(client: serveit.Client, scans: list[Scan]) -> list[Prediction]:
+    """From code that blocks: each thread calls when it has an answer to its call before."""
+    handle = client.get_handle("Digits", sync=True)
+
+    def ask() -> list[Prediction]:
+        with ThreadPoolExecutor(NUM_THREADS) as threads:
+            return list(threads.map(handle.call, (scan.image for scan in scans)))
+
+    return await asyncio.to_thread(ask)
 
 
 async def by_http(url: str, scans: list[Scan]) -> list[Prediction]:
@@ -95,26 +123,34 @@ async def ask_running(url: str, scans: list[Scan]) -> None:
     await report("HTTP", by_http(url, scans), scans)
 
 
-async def serve_and_ask(scans: list[Scan]) -> bool:
-    """Both ways, one after the other. Whether they agree."""
-    async with serveit.serve(app, local=True, http={"port": 0}) as client:
+async def serve_and_ask(scans: list[Scan], *, local: bool) -> bool:
+    """All ways, one after the other. Whether they agree."""
+    async with serveit.serve(app, local=local, http={"port": 0}) as client:
         assert client.url is not None
-        await by_handle(client, scans[:IN_FLIGHT])  # the first few pay for what is loaded late
+        await by_call(client, scans[:IN_FLIGHT])  # the first few pay for what is loaded late
         await by_http(client.url, scans[:IN_FLIGHT])
-        native = await report("handle", by_handle(client, scans), scans)
-        over_http = await report("HTTP", by_http(client.url, scans), scans)
-    return native == over_http
+        digits = [
+            await report("HTTP", by_http(client.url, scans), scans),
+            await report("call", by_call(client, scans), scans),
+        ]
+        if local:
+            print("remote   left out: without Ray there are no ObjectRefs")
+        else:
+            digits.append(await report("remote", by_remote(client, scans), scans))
+        digits.append(await report("threads", by_threads(client, scans), scans))
+    return all(found == digits[0] for found in digits)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--url", help="a running server, http://host:port; without it one is started here")
-    url = parser.parse_args().url
+    parser.add_argument("--local", action="store_true", help="start it in this process, without Ray")
+    arguments = parser.parse_args()
     _, scans = load_scans()
-    if url is not None:
-        asyncio.run(ask_running(url, scans))
-    elif not asyncio.run(serve_and_ask(scans)):
-        sys.exit("the two ways gave different predictions")
+    if arguments.url is not None:
+        asyncio.run(ask_running(arguments.url, scans))
+    elif not asyncio.run(serve_and_ask(scans, local=arguments.local)):
+        sys.exit("the ways gave different predictions")
 
 
 if __name__ == "__main__":

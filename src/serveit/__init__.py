@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from serveit import testing
     from serveit.calling.handle import Handle
     from serveit.calling.sync import SyncHandle
-    from serveit.client import Client, SyncClient, run, serve
+    from serveit.client import Client, SyncClient, connect, run, serve
 
 __version__ = "0.1.0"
 
@@ -78,6 +78,7 @@ __all__ = [
     "SyncClient",
     "SyncHandle",
     "UnsupportedMediaType",
+    "connect",
     "context",
     "run",
     "serve",
@@ -90,6 +91,7 @@ _LAZY = {
     "Request": "starlette.requests",
     "SyncClient": "serveit.client",
     "SyncHandle": "serveit.calling.sync",
+    "connect": "serveit.client",
     "run": "serveit.client",
     "serve": "serveit.client",
 }

@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import itertools
 import os
+import re
 import signal
 import socket
 import sys
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from serveit.exceptions import ImportFailed, ServeitError
+from serveit.exceptions import ImportFailed, RemoteTraceback, ServeitError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,6 +46,7 @@ def main() -> None:
 @main.command()
 @click.argument("target")
 @click.option("--local", is_flag=True, help="In this process, without Ray.")
+@click.option("--address", help="Of a Ray cluster to join; without it an embedded Ray is started.")
 @click.option("--reload", is_flag=True, help="Serve the new code whenever a Python file here is saved.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
@@ -71,6 +73,7 @@ def main() -> None:
 def run(
     target: str,
     local: bool,
+    address: str | None,
     reload: bool,
     host: str,
     port: int,
@@ -96,17 +99,19 @@ def run(
         )
     except (TypeError, ValueError) as error:
         raise click.UsageError(str(error)) from None
+    if local and address is not None:
+        raise click.UsageError("--address is for Ray, and --local does without: give one of them")
     if reload:
         from serveit.reload import supervise
 
         if not local:
-            raise click.UsageError("--reload needs --local: this version of serveit runs apps in one process")
+            raise click.UsageError("--reload needs --local: on Ray this version does not reload")
         sys.exit(supervise(target, options, _passed_on(http_location, log_level, access_log, debug)))
     if parent_fd is not None:
         _end_with(parent_fd)
     with _stopping_early():
         app = _load(target)
-        _serve(app, options, local, fd, ready_fd)
+        _serve(app, options, local, address, log_level, fd, ready_fd)
     _leave()
 
 
@@ -148,19 +153,36 @@ def _load(target: str) -> App:
     return app
 
 
-def _serve(app: App, options: HTTPOptions, local: bool, fd: int | None, ready_fd: int | None) -> None:
+def _serve(
+    app: App,
+    options: HTTPOptions,
+    local: bool,
+    address: str | None,
+    log_level: str,
+    fd: int | None,
+    ready_fd: int | None,
+) -> None:
     from serveit.client import run as serve_until_stopped
 
     def on_ready(client: Client) -> None:
         if ready_fd is not None:
-            os.write(ready_fd, b"1")
+            longest_s = max(b.config.graceful_shutdown_timeout_s for b in app.backends.values())
+            os.write(ready_fd, b"%f" % longest_s)
             os.close(ready_fd)
         _show(app, client)
 
     # The protocol's number is spelled out: where Python cannot ask for it, asyncio leaves TCP_NODELAY off.
     sock = socket.socket(proto=socket.IPPROTO_TCP, fileno=fd) if fd is not None else None
     try:
-        serve_until_stopped(app, http=options, local=local, sock=sock, on_ready=on_ready)
+        serve_until_stopped(
+            app,
+            http=options,
+            local=local,
+            address=address,
+            sock=sock,
+            log_level=log_level,
+            on_ready=on_ready,
+        )
     except Exception as error:
         theirs = hasattr(error, "__notes__")  # which replica it was
         if theirs or isinstance(error, (ServeitError, OSError)):
@@ -184,6 +206,9 @@ def _explain(error: Exception, what: str, *, theirs: bool) -> click.ClickExcepti
 
 def _users_traceback(error: BaseException) -> str:
     """The traceback from the user's first line on, without serveit's own."""
+    if isinstance(error.__cause__, RemoteTraceback):
+        notes = "".join(f"{note}\n" for note in getattr(error, "__notes__", ()))
+        return _users_frames(str(error.__cause__.args[0])) + notes
     told = traceback.TracebackException.from_exception(error)
     pending = [told]
     while pending:
@@ -193,6 +218,21 @@ def _users_traceback(error: BaseException) -> str:
         part.stack = traceback.StackSummary.from_list(theirs)
         pending += [cause for cause in (part.__cause__, part.__context__) if cause is not None]
     return "".join(told.format())
+
+
+def _users_frames(text: str) -> str:
+    """The same of a traceback that came from a replica, as text."""
+    kept, is_theirs = [], False
+    for part in re.split(r'^(?=  File "|\S)', text, flags=re.MULTILINE):
+        found = re.match(r'  File "(.*?)"', part)
+        if found is None:
+            is_theirs = is_theirs and not part.startswith("Traceback ")
+        elif found[1].startswith(_MACHINERY if not is_theirs else _OWN):
+            continue
+        else:
+            is_theirs = True
+        kept.append(part)
+    return "".join(kept)
 
 
 def _show(app: App, client: Client) -> None:

@@ -35,6 +35,8 @@ class Expirable(Protocol):
 
 NEVER = -1
 """The bucket of what has no end."""
+MAX_EMPTY = 8192
+"""Empty buckets that are kept for their next use: more than a minute's, the usual deadline's."""
 
 
 class DeadlineWheel:
@@ -44,8 +46,8 @@ class DeadlineWheel:
     expires up to one tick late, never early (after Varghese and Lauck's hashed wheels, 1987).
 
     All mutable state: `_buckets` (by number; bucket n expires at n ticks), `_order` (a heap of their
-    numbers), `_timer` and `_armed_for` (its bucket), `_due` (what the `_fire` under way has still to
-    expire).
+    numbers), `_empty` (how many buckets hold nothing any more), `_timer` and `_armed_for` (its bucket),
+    `_due` (what the `_fire` under way has still to expire).
     """
 
     def __init__(self, clock: Clock, tick_s: float = 0.01) -> None:
@@ -53,6 +55,7 @@ class DeadlineWheel:
         self._tick_s = tick_s
         self._buckets: dict[int, set[Expirable]] = {}
         self._order: list[int] = []
+        self._empty = 0
         self._timer: Timer | None = None
         self._armed_for = 0
         self._due: set[Expirable] = set()
@@ -83,16 +86,21 @@ class DeadlineWheel:
             if self._timer is None or bucket < self._armed_for:
                 self._arm()
         else:
+            if not members:
+                self._empty -= 1
             members.add(item)
         return bucket
 
     def discard(self, item: Expirable, bucket: int) -> None:
         """Forget `item`; it will not expire, even if its turn is now."""
         members = self._buckets.get(bucket)
-        if members is not None:
+        if members:
             members.discard(item)
             if not members:
                 members.clear()  # an empty set keeps the table that it grew; thousands wait for their time
+                self._empty += 1
+                if self._empty > MAX_EMPTY and self._empty * 2 > len(self._buckets):
+                    self._sweep()
         if self._due:
             self._due.discard(item)
 
@@ -104,6 +112,14 @@ class DeadlineWheel:
         self._buckets.clear()
         self._order.clear()
         self._due.clear()
+        self._empty = 0
+
+    def _sweep(self) -> None:
+        """Drop the empty buckets: the time of those with far deadlines comes late or never."""
+        self._buckets = {bucket: members for bucket, members in self._buckets.items() if members}
+        self._order = list(self._buckets)
+        heapq.heapify(self._order)
+        self._empty = 0
 
     def _arm(self) -> None:
         if self._timer is not None:
@@ -111,6 +127,7 @@ class DeadlineWheel:
             self._timer = None
         while self._order and not self._buckets[self._order[0]]:
             del self._buckets[heapq.heappop(self._order)]
+            self._empty -= 1
         if self._order:
             self._armed_for = self._order[0]
             delay_s = max(0.0, self._armed_for * self._tick_s - self._clock.time())
@@ -121,7 +138,9 @@ class DeadlineWheel:
         now = self._clock.time()
         due: list[Expirable] = []
         while self._order and self._order[0] * self._tick_s <= now:
-            due.extend(self._buckets.pop(heapq.heappop(self._order)))
+            members = self._buckets.pop(heapq.heappop(self._order))
+            self._empty -= not members
+            due.extend(members)
         self._due.update(due)
         self._arm()
         for item in due:

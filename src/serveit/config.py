@@ -19,6 +19,8 @@ HANDLE_QUEUE = 10_000
 """`max_queued_requests` of a handle's router where the backend names none."""
 ASYNC_ONGOING = 100
 """`max_ongoing_requests` of an `async def` backend where none is named."""
+MAX_SECONDS = 365 * 24 * 3600.0
+"""The longest time that an option can ask for: what is longer is meant as "never", and has its own word."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,3 +235,5 @@ def _check_seconds(name: str, value: Any, *, positive: bool = False) -> None:
         raise TypeError(f"{name} must be a number of seconds, got {value!r}")
     if not math.isfinite(value) or value < 0 or (positive and value == 0):
         raise ValueError(f"{name} must be {'>' if positive else '≥'} 0 and finite, got {value}")
+    if value > MAX_SECONDS:
+        raise ValueError(f"{name} must be ≤ {MAX_SECONDS:.0f} seconds, a year, got {value}")

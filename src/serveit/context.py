@@ -111,9 +111,9 @@ def resolve(app: object, name: str, *, sync: bool = False) -> Any:
         resolvers = _serving.get(id(app))
         if not resolvers:
             raise NotServing(
-                f"{name!r} is not being served: start the app with `serveit run module:app --local`, "
-                "`async with serveit.serve(app, local=True)` or, in tests, `async with "
-                "serveit.testing.local(app)`"
+                f"{name!r} is not being served: start the app with `serveit run module:app`, "
+                "`async with serveit.serve(app)` or, in tests, `async with serveit.testing.local(app)`; "
+                "what runs elsewhere is reached by `async with serveit.connect()`"
             )
         resolver = resolvers[-1]
     return resolver.get_handle(name, sync=sync)

@@ -11,14 +11,17 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
 
-from anyio.from_thread import BlockingPortal
+from anyio import CancelScope
 
 from serveit.calling.directory import Directory
-from serveit.calling.handle import Gateway, Handle
+from serveit.calling.gateway import Gateway, open_portal
+from serveit.calling.handle import Handle
 from serveit.clock import DeadlineWheel, LoopClock
 from serveit.config import HANDLE_QUEUE, HTTP_QUEUE
 from serveit.context import serving
-from serveit.control.snapshot import ReplicaInfo, Snapshot, app_info
+from serveit.control.snapshot import ReplicaInfo, Snapshot
+from serveit.control.spec import AppSpec, app_spec
+from serveit.exceptions import NeedsRay
 from serveit.observe import NullObserver
 from serveit.running.httpjob import Bindings
 from serveit.running.listener import Listener
@@ -29,6 +32,7 @@ from serveit.wire.memory import memory_pair
 
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Collection, Coroutine
 
     from serveit.config import HTTPOptions
     from serveit.declare.app import App
@@ -76,9 +80,12 @@ class LocalRuntime:
         self._observer = observer or NullObserver()
         self._replicas: dict[str, Replica] = {}
         self._bindings: dict[str, Bindings] = {}
+        self._numbers: dict[str, int] = {}
+        self._published = 0
         self._exit = contextlib.AsyncExitStack()
         self._closing = asyncio.Lock()
-        self._stopped_at: float | None = None
+        self._is_started = False
+        self._closed = False
         self.proxy: Proxy | None = None
 
     async def start(self, sock: socket.socket | None = None, *, listen: bool = True) -> None:
@@ -94,57 +101,102 @@ class LocalRuntime:
         """
         async with contextlib.AsyncExitStack() as stack:
             self._make()
+            names = (*self.app.backends, *(route.name for route in self.app.routes))
+            self._for_handles.expect(names)
             if listen and self.http.serves:
                 from serveit.web.proxy import Proxy, bind
 
                 sock = sock if sock is not None else bind(self.http)
                 stack.callback(sock.close)
                 self.proxy = Proxy(self.http, self.ingress)
-            self.gateway = Gateway(self._for_handles, self._loop, await self._open_portal(stack))
+            self.gateway = Gateway(self._for_handles, self._loop, await open_portal(stack))
             watchdog = Watchdog()
             watchdog.start(self._loop)
             stack.callback(watchdog.stop)
             stack.callback(self._wheel.close)
             stack.push_async_callback(self._close_replicas)
             await self._start_replicas()
+            self._spec = app_spec(self.app, name=self.name, prefix=self.prefix, code=b"")
             await self._publish()
             stack.enter_context(serving(self.app, self))
             if self.proxy is not None:
                 await self.proxy.start(sock)
             self._exit = stack.pop_all()
+            self._is_started = True
 
     async def aclose(self) -> None:
-        """Take nothing new, let what runs end (`graceful_shutdown_timeout_s`), stop. Once is enough."""
+        """Take nothing new, let what runs end (`graceful_shutdown_timeout_s`), stop. Once is enough.
+
+        Cancelled, it waits for nothing more, and still stops everything before it raises: the user's
+        clean-up gets its time, in all about 6 s.
+        """
         async with self._closing:
-            if self._stopped_at is not None:
+            if self._closed:
                 return
-            self._stopped_at = asyncio.get_running_loop().time()
+            self._closed = True
             try:
-                if self.proxy is not None:
-                    self.ingress.ready = False
-                    backends = self.app.backends.values()
-                    await self.proxy.aclose(
-                        max((b.config.graceful_shutdown_timeout_s for b in backends), default=0.0)
-                    )
+                await self._let_end()
             finally:
-                await self._exit.aclose()
+                await _outlast(self._exit.aclose())
 
     def get_handle(self, name: str, *, sync: bool = False) -> Any:
         """A handle on a backend or endpoint. KeyError lists the known names."""
-        self.gateway.directory.endpoint(name)
+        self.gateway.directory.check(name)
         handle: Handle[..., Any] = Handle(self.gateway, name)
         return handle.sync if sync else handle
 
-    def status(self) -> dict[str, Any]:
+    @property
+    def url(self) -> str | None:
+        """Where it answers HTTP; None without a server."""
+        return self.proxy.url if self.proxy else None
+
+    async def status(self) -> dict[str, Any]:
         """Each backend's replicas and what they are doing."""
         backends: dict[str, dict[str, Any]] = {name: {} for name in self.app.backends}
         for replica in self._replicas.values():
             statistics = replica.statistics()
             backends[replica.backend.name][replica.id] = {
+                "state": "ready",
                 "running": statistics.running,
                 "waiting": statistics.waiting,
             }
-        return {"app": self.name, "url": self.proxy.url if self.proxy else None, "backends": backends}
+        return {"app": self.name, "url": self.url, "backends": backends, "failed": {}}
+
+    async def spec(self) -> AppSpec:
+        """The app as it is to be."""
+        return self._spec
+
+    async def scale(self, backend: str, num_replicas: int) -> None:
+        """Change a backend's number of replicas; returns when they are there, and what is too many gone."""
+        self._spec = self._spec.scaled(backend, num_replicas)
+        own = [replica for replica in self._replicas.values() if replica.backend.name == backend]
+        record = self.app.backends[backend]
+        new = [self._make_replica(record) for _ in range(num_replicas - len(own))]
+        try:
+            await asyncio.gather(*map(self._start_replica, new))
+        except BaseException:
+            self._spec = self._spec.scaled(backend, len(own))
+            for replica in new:
+                del self._replicas[replica.id]
+            await self._end_replicas(new)
+            raise
+        going = own[num_replicas:]
+        for replica in going:
+            del self._replicas[replica.id]
+        await self._publish()
+        await self._end_replicas(going)
+
+    async def reroute(self, endpoint: str, weights: Any, shadows: Any) -> None:
+        """Change where an endpoint leads."""
+        self._spec = self._spec.rerouted(endpoint, weights, shadows)
+        await self._publish()
+
+    async def deploy(self, app: App, *, name: str, prefix: str) -> None:
+        raise NeedsRay("without Ray a process serves one app: leave local=True out to serve several")
+
+    async def delete(self) -> None:
+        """End the app: the same as leaving its context manager."""
+        await self.aclose()
 
     # -- starting and stopping ---------------------------------------------------------------
 
@@ -166,36 +218,10 @@ class LocalRuntime:
             observer=self._observer,
         )
 
-    async def _open_portal(self, stack: contextlib.AsyncExitStack) -> BlockingPortal:
-        """The way in for sync handles. It lives in a task of its own: whoever closes it may be another."""
-        opened: asyncio.Future[BlockingPortal] = self._loop.create_future()
-
-        async def hold() -> None:
-            async with BlockingPortal() as portal:
-                opened.set_result(portal)
-                await portal.sleep_until_stopped()
-
-        holder = self._loop.create_task(hold())
-
-        async def stop() -> None:
-            await (await opened).stop(cancel_remaining=True)
-            await holder
-
-        stack.push_async_callback(stop)
-        return await asyncio.shield(opened)
-
     async def _start_replicas(self) -> None:
         for backend in self.app.backends.values():
-            for number in range(1, backend.config.num_replicas + 1):
-                replica = Replica(
-                    backend,
-                    id=f"{backend.name}#{number}",
-                    app=self.name,
-                    clock=self.clock,
-                    observer=self._observer,
-                    resolver=self,
-                )
-                self._replicas[replica.id] = replica
+            for _ in range(backend.config.num_replicas):
+                self._make_replica(backend)
         names = ", ".join(self.app.backends)
         slow = self._loop.call_later(SLOW_START_S, logger.info, "still starting %s", names)
         starts = [self._loop.create_task(self._start_replica(replica)) for replica in self._replicas.values()]
@@ -204,12 +230,25 @@ class LocalRuntime:
         except BaseException as error:
             for start in starts:
                 start.cancel()
-            await self._outlast(starts, error)
+            await self._outlast_starts(starts, error)
             raise
         finally:
             slow.cancel()
 
-    async def _outlast(self, starts: list[asyncio.Task[None]], error: BaseException) -> None:
+    def _make_replica(self, backend: BackendRecord) -> Replica:
+        number = self._numbers[backend.name] = self._numbers.get(backend.name, 0) + 1
+        replica = Replica(
+            backend,
+            id=f"{backend.name}#{number}",
+            app=self.name,
+            clock=self.clock,
+            observer=self._observer,
+            resolver=self,
+        )
+        self._replicas[replica.id] = replica
+        return replica
+
+    async def _outlast_starts(self, starts: list[asyncio.Task[None]], error: BaseException) -> None:
         """Wait for the constructors that still run: a thread cannot be stopped."""
         ending = asyncio.gather(*starts, return_exceptions=True)
         _, still = await asyncio.wait((ending,), timeout=SLOW_STOP_S)
@@ -232,10 +271,11 @@ class LocalRuntime:
         ready: dict[str, list[ReplicaInfo]] = {}
         for replica in self._replicas.values():
             ready.setdefault(replica.backend.name, []).append(ReplicaInfo(replica.id, replica.id))
-        info = app_info(self.app, self.name, self.prefix, ready)
+        info = self._spec.published(ready)
         await self._for_http.update(info)
         await self._for_handles.update(info)
-        self.ingress.update(Snapshot((0, 1), (info,)))
+        self._published += 1
+        self.ingress.update(Snapshot((0, self._published), (info,)))
 
     async def _connect(self, info: ReplicaInfo, receiver: Receiver) -> Link:
         replica = self._replicas[info.address]
@@ -244,16 +284,61 @@ class LocalRuntime:
         far.receiver = Listener(replica, self._bindings[replica.backend.name], far)
         return near
 
+    async def _let_end(self) -> None:
+        """Wait for what runs: requests over HTTP, then calls. Whatever one of them calls is still there."""
+        if not self._is_started:
+            return
+        begun = self.clock.time()
+        limits = {r: r.config.graceful_shutdown_timeout_s for r in self._replicas.values()}
+        self._for_handles.drain()
+        if self.proxy is not None:
+            self.ingress.ready = False
+            await _close_proxy(self.proxy, max(limits.values(), default=0.0))
+        while True:
+            spent_s = self.clock.time() - begun
+            busy = [replica for replica in limits if not replica.is_idle and limits[replica] > spent_s]
+            if not busy:
+                return
+            await asyncio.gather(*(replica.idle(limits[replica] - spent_s) for replica in busy))
+
     async def _close_replicas(self) -> None:
-        replicas = self._replicas.values()
-        spent_s = self._loop.time() - self._stopped_at if self._stopped_at is not None else 0.0
-        await asyncio.gather(
-            *(
-                replica.drain(max(0.0, replica.config.graceful_shutdown_timeout_s - spent_s))
-                for replica in replicas
-            )
-        )
+        await _outlast(self._end_all())
+
+    async def _end_replicas(self, replicas: Collection[Replica], limit_s: float | None = None) -> None:
+        """Let what runs in them end, in their own time or this, and close them."""
+        await asyncio.gather(*(replica.drain(limit_s) for replica in replicas))
+        await asyncio.gather(*(replica.aclose() for replica in replicas))
+
+    async def _end_all(self) -> None:
+        """End what still runs; its callers hear of it before their links are closed."""
+        await self._end_replicas(self._replicas.values(), 0.0)
+        await asyncio.sleep(0)  # the last frames
         self._for_http.close()
         self._for_handles.close()
-        await asyncio.gather(*(replica.aclose() for replica in replicas))
-        await asyncio.sleep(0)  # the links' last frames
+        await asyncio.sleep(0)  # the ends of the links
+
+
+async def _close_proxy(proxy: Proxy, timeout_s: float) -> None:
+    """Let its requests end; where this is cancelled, at once."""
+    closing = asyncio.get_running_loop().create_task(proxy.aclose(timeout_s))
+    try:
+        await asyncio.shield(closing)
+    except asyncio.CancelledError:
+        proxy.force()
+        await _outlast(closing)
+        raise
+
+
+async def _outlast(work: Coroutine[Any, Any, Any] | asyncio.Task[Any]) -> None:
+    """See it to its end, however often this is cancelled meanwhile; then be cancelled."""
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    with CancelScope(shield=True):  # an anyio scope would try again at every turn of the loop
+        while not task.done():
+            try:
+                await asyncio.wait((task,))
+            except asyncio.CancelledError as error:
+                cancelled = error
+    if cancelled is not None and not task.cancelled() and task.exception() is None:
+        raise cancelled
+    task.result()

@@ -7,17 +7,19 @@ request is refused in between, since both accept from the same socket.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
-import select
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 import watchfiles
+
+from serveit.signals import DRAINING_S
 
 if TYPE_CHECKING:
     import socket
@@ -25,44 +27,87 @@ if TYPE_CHECKING:
 
     from serveit.config import HTTPOptions
 
-STOP_S = 40.0
-"""How long a child may take to finish its requests before it is killed. Its own time is shorter."""
+STARTING_S = 5.0
+"""How long a child that has not answered yet may take to end before it is killed."""
+MARGIN_S = DRAINING_S + 5.0
+"""What a child may take to end beyond what its requests get. It ends itself sooner."""
 LOOK_S = 0.25
-"""How often to look whether the child still runs."""
+"""How often to look how the children do."""
 
 
-@dataclass
 class Child:
-    """A serving process.
+    """A serving process, in a group of its own: Ctrl-C in a terminal goes to this process alone, which
+    asks the child to stop, once. It therefore cannot read from the terminal, and is given no input.
 
     Attributes:
         process: it.
-        ready: whether it answered; False: it ended before.
+        longest_s: what its requests may take to end, in seconds; None until it answers.
     """
 
-    process: subprocess.Popen[bytes]
-    ready: bool = False
+    def __init__(self, process: subprocess.Popen[bytes], ready_fd: int) -> None:
+        """
+        Args:
+            process: just started.
+            ready_fd: where it tells that it answers, and `longest_s`; closed with it.
+        """
+        self.process = process
+        self.longest_s: float | None = None
+        self._ready_fd = ready_fd
+        self._asked_at: float | None = None
+        os.set_blocking(ready_fd, False)
 
-    def stop(self, timeout_s: float = STOP_S) -> None:
-        """Let it finish what it runs, and wait for its end."""
-        if self.process.poll() is None:
+    def look(self) -> bool:
+        """Whether it answers by now."""
+        if self.longest_s is None:
+            with contextlib.suppress(BlockingIOError):
+                told = os.read(self._ready_fd, 64)
+                self.longest_s = float(told) if told else None
+        return self.longest_s is not None
+
+    def has_ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def stop(self) -> None:
+        """Ask it, once, to finish what it runs, and to end."""
+        if self._asked_at is None:
+            self._asked_at = time.monotonic()
             self.process.terminate()
-            try:
-                self.process.wait(timeout_s)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-        self.process.wait()
+
+    @property
+    def left_s(self) -> float:
+        """What it has still to end in; endless while it is not asked to."""
+        if self._asked_at is None:
+            return math.inf
+        longest_s = self.longest_s if self.look() else None
+        patience_s = STARTING_S if longest_s is None else longest_s + MARGIN_S
+        return self._asked_at + patience_s - time.monotonic()
+
+    def kill(self) -> None:
+        """End it at once, and what it started."""
+        if not self.has_ended():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+    def wait(self) -> None:
+        """For its end, by itself or by force, after `stop`."""
+        try:
+            self.process.wait(max(0.0, self.left_s))
+        except subprocess.TimeoutExpired:
+            self.kill()
+            self.process.wait()
+
+    def close(self) -> None:
+        """It has ended, and nobody asks for it any more."""
+        os.close(self._ready_fd)
 
 
 class Stop:
-    """Set by the first SIGINT or SIGTERM while inside; the second ends the process, and with it the children.
-
-    A pipe beside the flag, so that one can wait for it and for something else at once.
-    """
+    """Set by the first SIGINT or SIGTERM while inside; the second ends the process, and the children."""
 
     def __init__(self) -> None:
+        self.children: list[Child] = []
+        """Those that run."""
         self._is_set = False
-        self._reader, self._writer = os.pipe()
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Stop:
@@ -73,25 +118,24 @@ class Stop:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        os.close(self._reader)
-        os.close(self._writer)
 
     def is_set(self) -> bool:
         return self._is_set
 
-    def fileno(self) -> int:
-        """Readable once set."""
-        return self._reader
-
     def _received(self, number: int, _: Any) -> None:
         if self._is_set:
+            for child in self.children:
+                child.kill()
             os._exit(128 + number)
         self._is_set = True
-        os.write(self._writer, b"1")
 
 
 class Supervisor:
-    """Starts children on one socket. Each watches a pipe, and stops when this process is gone."""
+    """Starts children on one socket. Each watches a pipe, and stops when this process is gone.
+
+    All mutable state: `_serving` (the child whose code is the newest that answered), `_starting` (the one
+    with newer code), and in `stop.children` both, and those that finish what they run.
+    """
 
     def __init__(self, target: str, arguments: Sequence[str], sock: socket.socket | None, stop: Stop) -> None:
         self._target = target
@@ -99,13 +143,36 @@ class Supervisor:
         self._sock = sock
         self._stop = stop
         self._parent_reader, self._parent_writer = os.pipe()
+        self._serving: Child | None = None
+        self._starting: Child | None = None
 
     def close(self) -> None:
         os.close(self._parent_reader)
         os.close(self._parent_writer)
 
-    def start_child(self) -> Child:
-        """Start `serveit run` on the socket, and wait until it answers or ends, or this process shall."""
+    def follow(self, folders: Sequence[Path]) -> None:
+        """Serve, and start the new code whenever a file changes, until `stop` is set."""
+        is_first = True
+        try:
+            for changed in _changes(folders, self._stop):
+                if changed and not is_first:
+                    click.echo(f"{', '.join(changed)} changed: starting the new code", err=True)
+                self._look()
+                if changed or is_first:  # only now that no change can be missed
+                    is_first = False
+                    self._start()
+        finally:
+            for child in self._stop.children:
+                child.stop()
+            for child in self._stop.children:
+                child.wait()
+                child.close()
+            self._stop.children.clear()
+
+    def _start(self) -> None:
+        """Start `serveit run` on the socket, in place of one that does not answer yet."""
+        if self._starting is not None:
+            self._starting.stop()
         reader, writer = os.pipe()
         passed = {"--ready-fd": writer, "--parent-fd": self._parent_reader}
         if self._sock is not None:
@@ -113,50 +180,40 @@ class Supervisor:
         command = [sys.executable, "-m", "serveit", "run", self._target, *self._arguments]
         for option, fd in passed.items():
             command += [option, str(fd)]
-        with os.fdopen(reader, "rb", buffering=0) as pipe:
-            try:
-                child = Child(subprocess.Popen(command, pass_fds=list(passed.values())))
-            finally:
-                os.close(writer)
-            either: list[Any] = [pipe, self._stop]
-            readable, _, _ = select.select(either, [], [])
-            child.ready = pipe in readable and pipe.read(1) == b"1"
-        if not child.ready:
-            child.stop()
-        return child
-
-    def follow(self, folders: Sequence[Path]) -> None:
-        """Serve, and start the new code whenever a file changes, until `stop` is set."""
-        child: Child | None = None
         try:
-            for changed in _changes(folders, self._stop):
-                if child is None:  # only now that no change can be missed
-                    child = self.start_child()
-                    if not child.ready and not self._stop.is_set():
-                        click.echo("the app does not start: saving a file tries again", err=True)
-                elif changed:
-                    click.echo(f"{', '.join(changed)} changed: starting the new code", err=True)
-                    child = self._replace(child)
-                elif child.ready and child.process.poll() is not None:
-                    child.ready = False
-                    click.echo(
-                        f"the app's process has ended (exit code {child.process.returncode}): "
-                        "saving a file starts it again",
-                        err=True,
-                    )
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, pass_fds=list(passed.values()), process_group=0
+            )
         finally:
-            if child is not None:
-                child.stop()
+            os.close(writer)
+        self._starting = Child(process, reader)
+        self._stop.children.append(self._starting)
 
-    def _replace(self, child: Child) -> Child:
-        following = self.start_child()
-        if following.ready:
-            child.stop()
-            return following
-        if not self._stop.is_set():
-            then = "the old one goes on serving" if child.ready else "saving a file tries again"
-            click.echo(f"the new code does not start: {then}", err=True)
-        return child
+    def _look(self) -> None:
+        """See how the children do, and wait for none."""
+        if self._stop.is_set():
+            return
+        starting, serving = self._starting, self._serving
+        if starting is not None and starting.look():
+            self._starting, self._serving = None, starting
+            if serving is not None:
+                serving.stop()
+        elif starting is not None and starting.has_ended():
+            self._starting = None
+            if serving is None:
+                click.echo("the app does not start: saving a file tries again", err=True)
+            else:
+                click.echo("the new code does not start: the old one goes on serving", err=True)
+        if self._serving is not None and self._serving.has_ended():
+            code, self._serving = self._serving.process.returncode, None
+            then = "the new code is starting" if self._starting else "saving a file starts it again"
+            click.echo(f"the app's process has ended (exit code {code}): {then}", err=True)
+        for child in [*self._stop.children]:
+            if child.left_s <= 0:
+                child.kill()
+            if child.has_ended():
+                self._stop.children.remove(child)
+                child.close()
 
 
 def supervise(target: str, options: HTTPOptions, arguments: Sequence[str]) -> int:

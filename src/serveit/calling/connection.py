@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
+import msgspec
+
 from serveit.calling.exchange import Answer, Exchange, Phase
 from serveit.exceptions import ProtocolError, RemoteError, ReplicaDied
 from serveit.wire.frames import (
@@ -48,6 +50,9 @@ class Dispatcher(Protocol):
 
     def lost(self, connection: Connection, exchanges: list[Exchange]) -> None:
         """The link is gone, with these on it."""
+
+    def draining(self, connection: Connection) -> None:
+        """The replica takes nothing new, and never will again."""
 
     def now(self) -> float: ...
 
@@ -92,7 +97,7 @@ class Connection:
     def ready(self) -> bool:
         """Whether the replica takes requests at all."""
         link = self.link
-        return link is not None and not (link.closed or self.draining or self.retired)
+        return link is not None and not (link.closed or link.stale or self.draining or self.retired)
 
     @property
     def closed(self) -> bool:
@@ -188,8 +193,12 @@ class Connection:
         handle = _HANDLERS.get(kind)
         if handle is not None and stream in self._streams:
             handle(self, frame, self._streams[stream])
+        elif kind == FrameType.PING:
+            if frame.meta:
+                self._load_told(decode_message(Load, frame).others)
+            self._dispatcher.room_made(self)  # its link may have been stale
         elif kind == FrameType.GOAWAY:
-            self.draining = True
+            self._drains()
         elif kind not in _HARMLESS:
             raise ProtocolError(f"a frame of type {kind} that no replica sends on stream {stream} now")
 
@@ -207,11 +216,11 @@ class Connection:
     def _answer(self, frame: Frame, exchange: Exchange | None) -> None:
         stream, flags = frame.stream, frame.flags
         if exchange is None:
-            # Cancelled here while the answer was under way: only the slot matters.
+            # Cancelled here while the answer was under way: only the slot and the load matter.
             if flags & END:
-                self._finish(stream, self.others)
+                self._finish(stream, _others_in(frame))
             elif flags & FREED:
-                self._slot_freed(stream, self.others)
+                self._slot_freed(stream, _others_in(frame))
             return
         if exchange.phase >= Phase.ANSWERING:
             raise ProtocolError("a second answer on one stream")
@@ -228,6 +237,12 @@ class Connection:
             self._finish(stream, message.others)
         elif flags & FREED:
             self._slot_freed(stream, message.others)
+
+    def _reserved(self, frame: Frame, exchange: Exchange | None) -> None:
+        """A slot is held: like an answer of which no more than the end is still to come."""
+        if exchange is not None and exchange.frame_type != FrameType.RESERVE:
+            raise ProtocolError("RESERVED for what was no RESERVE")
+        self._answer(frame, exchange)
 
     def _error(self, frame: Frame, exchange: Exchange | None) -> None:
         failure = decode_message(Failure, frame)
@@ -247,17 +262,17 @@ class Connection:
     def _refused(self, frame: Frame, exchange: Exchange | None) -> None:
         """Not executed there. A replica that is full has one of ours waiting already: until that one
         or another ends, the replica would refuse everything, whatever the figures known here say.
-        From then on it gets one more with each that ends."""
+        From then on it gets one more with each that ends, until it says that slots are free."""
         refusal = decode_message(Refusal, frame)
         if frame.stream in self._freed or (exchange is not None and exchange.phase >= Phase.ANSWERING):
             raise ProtocolError("REFUSED after the head of an answer")
-        if refusal.reason == "draining":
-            self.draining = True
-        else:
+        if refusal.reason != "draining":
             self._ceiling = max(1, self.outstanding - 1)
         self._close_stream(frame.stream)
         self.outstanding -= 1
         self.others = refusal.others
+        if refusal.reason == "draining":
+            self._drains()
         if exchange is not None:
             self._dispatcher.refused(exchange)
         self._dispatcher.room_made(self)
@@ -271,6 +286,16 @@ class Connection:
         if phase == Phase.STARTED and self._ceiling != sys.maxsize:
             self._ceiling += 1  # one of ours has left the waiting room
         self._dispatcher.room_made(self)
+
+    def _load_told(self, others: int) -> None:
+        """Slots are free there, and none of ours waits for one; see `running/notices.py`."""
+        self.others = others
+        self._ceiling = sys.maxsize
+
+    def _drains(self) -> None:
+        if not self.draining:
+            self.draining = True
+            self._dispatcher.draining(self)
 
     def _credited(self, frame: Frame, exchange: Exchange | None) -> None:
         if exchange is not None and exchange.outflow is not None:
@@ -320,8 +345,26 @@ class Connection:
         self._dispatcher.room_made(self)
 
 
+class _Head(msgspec.Struct, array_like=True):
+    """What all frames back begin with."""
+
+    others: int
+
+
+_decode_head = msgspec.msgpack.Decoder(_Head).decode
+
+
+def _others_in(frame: Frame) -> int:
+    """The load in the head of an answer of whatever kind."""
+    try:
+        return _decode_head(frame.meta).others
+    except msgspec.DecodeError as error:
+        raise ProtocolError(f"malformed metadata of an answer: {error}") from None
+
+
 _HANDLERS: dict[int, Callable[[Connection, Frame, Exchange | None], None]] = {
     FrameType.ANSWER: Connection._answer,
+    FrameType.RESERVED: Connection._reserved,
     FrameType.ERROR: Connection._error,
     FrameType.REFUSED: Connection._refused,
     FrameType.QUEUED: Connection._placed,
@@ -329,5 +372,5 @@ _HANDLERS: dict[int, Callable[[Connection, Frame, Exchange | None], None]] = {
     FrameType.CREDIT: Connection._credited,
     FrameType.DATA: Connection._data,
 }
-_HARMLESS = (FrameType.CREDIT, FrameType.DATA, FrameType.PING)
+_HARMLESS = (FrameType.CREDIT, FrameType.DATA)
 """May come late, when their stream has ended."""

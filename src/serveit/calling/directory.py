@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from serveit.calling.router import Router
 from serveit.config import did_you_mean
 from serveit.declare.traffic import Traffic, choose, choose_sticky, shadows_for
-from serveit.exceptions import Rejected
+from serveit.exceptions import NotServing, Rejected
 from serveit.types import DEFAULT_METHOD
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from serveit.calling.exchange import Exchange
     from serveit.calling.router import Connector
@@ -41,8 +41,9 @@ class Endpoint(NamedTuple):
 class Directory:
     """The names of an app and the routers behind them.
 
-    All mutable state: `_endpoints` (by name), `_routers` (by backend), `_leaving` (routers of backends
-    that are gone, with requests still under way), `closed`.
+    All mutable state: `_endpoints` (by name), `_expected` (names that the first snapshot will bring),
+    `_routers` (by backend), `_leaving` (routers of backends that are gone, with requests still under
+    way), `_draining`, `closed`.
     """
 
     def __init__(
@@ -60,8 +61,10 @@ class Directory:
         self.clock = clock
         self._random = rng or random.Random()
         self._endpoints: dict[str, Endpoint] = {}
+        self._expected: frozenset[str] = frozenset()
         self._routers: dict[str, Router] = {}
         self._leaving: list[Router] = []
+        self._draining = False
         self.closed = False
         self._make_router: Callable[[BackendInfo], Router] = partial(
             Router,
@@ -86,7 +89,9 @@ class Directory:
             return
         for backend in info.backends:
             if backend.name not in self._routers:
-                self._routers[backend.name] = self._make_router(backend)
+                router = self._routers[backend.name] = self._make_router(backend)
+                if self._draining:
+                    router.drain()
         await asyncio.gather(*(self._routers[backend.name].update(backend) for backend in info.backends))
         endpoints = {
             backend.name: Endpoint(backend.name, Traffic(((backend.name, 1.0),), ()), DEFAULT_METHOD)
@@ -96,11 +101,18 @@ class Directory:
             traffic = Traffic(endpoint.weights, endpoint.shadows)
             endpoints[endpoint.name] = Endpoint(endpoint.name, traffic, endpoint.target)
         self._endpoints = endpoints
+        self._expected = frozenset()
         self._leaving = [router for router in self._leaving if not router.idle]
         for name in self._routers.keys() - {backend.name for backend in info.backends}:
             router = self._routers.pop(name)
             router.retire()
             self._leaving.append(router)
+
+    def drain(self) -> None:
+        """Take calls of running requests only, which are to come to their ends; fail what else waits."""
+        self._draining = True
+        for router in (*self._routers.values(), *self._leaving):
+            router.drain()
 
     def close(self) -> None:
         """Fail what waits and close all links."""
@@ -109,18 +121,38 @@ class Directory:
             router.close()
 
     @property
+    def incomplete(self) -> bool:
+        """Whether some replica could not be reached, or was lost since: another `update` tries again."""
+        return not self.closed and any(router.incomplete for router in self._routers.values())
+
+    @property
     def routers(self) -> dict[str, Router]:
         return self._routers
+
+    def expect(self, names: Iterable[str]) -> None:
+        """These are the names of an app that is still starting: known, but not to be called yet."""
+        self._expected = frozenset(names)
+
+    def check(self, name: str) -> None:
+        """Raises KeyError unless there is such a backend or endpoint, or will be."""
+        if name not in self._expected:
+            self.endpoint(name)
 
     def endpoint(self, name: str) -> Endpoint:
         """The endpoint or backend called `name`.
 
         Raises:
             KeyError: there is none; the text lists or suggests the known names.
+            NotServing: its replicas are still starting.
         """
         found = self._endpoints.get(name)
         if found is None:
-            known = sorted(self._endpoints)
+            if name in self._expected:
+                raise NotServing(
+                    f"{name!r} cannot be called yet: app {self.app!r} is still starting. Code that runs "
+                    "while it does may get handles; calls belong into the code that answers requests"
+                )
+            known = sorted({*self._endpoints, *self._expected})
             raise KeyError(
                 f"app {self.app!r} has no backend or endpoint {name!r}: {did_you_mean(name, known)}"
             )

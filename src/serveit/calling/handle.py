@@ -7,25 +7,24 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, cast
 
 from serveit.calling.exchange import Exchange
-from serveit.config import check_options
+from serveit.config import MAX_SECONDS, check_options
 from serveit.context import inherited_deadline, new_request_id
-from serveit.exceptions import NeedsRay, QueueFull
-from serveit.wire.frames import STREAM, Buffer, Call, CallAnswer, Failure, FrameType
+from serveit.exceptions import QueueFull
+from serveit.wire.frames import STREAM, Buffer, Call, CallAnswer, Failure, FrameType, Reserve, Reserved
 from serveit.wire.pickles import dump, load, load_exception
 
 if TYPE_CHECKING:
-    from anyio.from_thread import BlockingPortal
-
-    from serveit.calling.directory import Directory
+    from serveit.calling.gateway import Gateway
     from serveit.calling.sync import SyncHandle
 
 P = ParamSpec("P")
 R = TypeVar("R")
+E = TypeVar("E", bound=Exchange)
 
 
 @dataclass(frozen=True)
@@ -47,23 +46,8 @@ class HandleOptions:
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise TypeError(f"{name} must be a str or None, got {value!r}")
-
-
-@dataclass
-class Gateway:
-    """What the handles of one app share in a process.
-
-    Attributes:
-        directory: names to routers.
-        loop: the event loop that the routers live in.
-        portal: the way to that loop from other threads.
-        remote: the function behind `Handle.remote`; None where Ray does not run.
-    """
-
-    directory: Directory
-    loop: asyncio.AbstractEventLoop
-    portal: BlockingPortal
-    remote: Callable[..., Any] | None = None
+            if value and not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+                raise ValueError(f"{name} must be text that UTF-8 has a form for, got {value!r}")
 
 
 class CallExchange(Exchange):
@@ -96,6 +80,20 @@ class CallExchange(Exchange):
         return load(message.sizes, body)
 
 
+class ReserveExchange(Exchange):
+    """A RESERVE under way, and then the slot that it holds."""
+
+    __slots__ = ("request_id",)
+
+    def __init__(self, target: str, deadline: float | None) -> None:
+        self.request_id = new_request_id()
+        message = Reserve(self.request_id, target)
+        super().__init__(FrameType.RESERVE, message, (b"",), Reserved, deadline)
+
+    def rebuild(self, failure: Failure, body: bytes) -> BaseException:
+        return load_exception(failure, body)
+
+
 class Handle(Generic[P, R]):
     """Calls a backend, or an endpoint's backends by its traffic. Got from `client.get_handle(name)`.
 
@@ -111,7 +109,7 @@ class Handle(Generic[P, R]):
         self._arguments = f"an argument of {name!r}"
 
     def __repr__(self) -> str:
-        app = self._gateway.directory.app
+        app = self._gateway.app
         method = f".{self._options.method_name}" if self._options.method_name else ""
         return f"<Handle (async) {app}/{self._name}{method}>"
 
@@ -120,11 +118,17 @@ class Handle(Generic[P, R]):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return cast("Handle[..., Any]", self.options(method_name=name))
 
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(
-            f"{self!r} cannot be pickled: without Ray a handle stays in its process; "
-            "inside a backend use `app.handle(...)`"
-        )
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.reduced(sync=False)
+
+    def reduced(self, *, sync: bool) -> tuple[Any, ...]:
+        """What pickles it, or its blocking form."""
+        return self._gateway.reduce(self._name, self._options, sync=sync)
+
+    @property
+    def gateway(self) -> Gateway:
+        """Its way to the app."""
+        return self._gateway
 
     def options(self, **changes: Any) -> Handle[P, R]:
         """A copy with other options; this one stays as it is.
@@ -147,7 +151,8 @@ class Handle(Generic[P, R]):
             EncodingError: arguments or result do not pickle.
             Exception: whatever the function raised.
         """
-        result: R = await self._submit(args, kwargs).result()
+        exchange = await self._begin(args, kwargs)
+        result: R = await exchange.result()
         return result
 
     async def stream(self, *args: P.args, **kwargs: P.kwargs) -> AsyncIterator[Any]:
@@ -158,7 +163,7 @@ class Handle(Generic[P, R]):
         Raises:
             Exception: as `call`; what the generator raises comes after the items before it.
         """
-        exchange = self._submit(args, kwargs)
+        exchange = await self._begin(args, kwargs)
         try:
             answer = await exchange.answer
             if not answer.flags & STREAM:
@@ -202,7 +207,7 @@ class Handle(Generic[P, R]):
     async def _map(
         self, items: Iterable[Any] | AsyncIterable[Any], max_in_flight: int, ordered: bool
     ) -> AsyncIterator[Any]:
-        flow = _Flow(self._submit, max_in_flight, ordered)
+        flow = _Flow(self._begin, max_in_flight, ordered)
         feeder = asyncio.get_running_loop().create_task(flow.feed(items))
         try:
             while (index := await flow.next()) is not None:
@@ -214,48 +219,68 @@ class Handle(Generic[P, R]):
             await asyncio.wait((feeder,))
 
     async def remote(self, *args: P.args, **kwargs: P.kwargs) -> Any:
-        """Wait for a slot, submit, and return a `ray.ObjectRef`.
+        """Wait for a slot, submit, and return a `ray.ObjectRef`: await it, `ray.get` it, pass it on.
+
+        ObjectRefs among the arguments are waited for here and fetched by the replica. What the function
+        raises is raised by the ObjectRef. An endpoint's shadows are not sent copies.
 
         Raises:
             NeedsRay: the app runs without Ray.
+            QueueFull, DeadlineExceeded, ReplicaDied: as `call`, until there is a slot.
         """
-        if self._gateway.remote is None:
-            raise NeedsRay(
-                f"handle.remote() gives a ray.ObjectRef and {self._gateway.directory.app!r} runs "
-                "without Ray: use `await handle.call(...)`, which gives the value"
-            )
-        return await self._gateway.remote(self._name, self._options, args, kwargs)
+        gateway = await self._enter()
+        tasks = gateway.needs_tasks()
+        await tasks.wait(args, kwargs)
+        exchange = self._route(gateway, ReserveExchange)
+        try:
+            await exchange.answer
+            connection = exchange.connection
+            assert connection is not None, "it was answered"
+            return await tasks.start(connection.replica, exchange.request_id, args, kwargs)
+        except BaseException:
+            exchange.cancel()
+            raise
 
     @property
     def sync(self) -> SyncHandle[P, R]:
         """The blocking handle with the same options, for threads without an event loop."""
         from serveit.calling.sync import SyncHandle
 
-        return SyncHandle(self, self._gateway)
+        return SyncHandle(self)
 
-    def _submit(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallExchange:
-        if asyncio.get_running_loop() is not self._gateway.loop:
-            raise RuntimeError(
-                f"{self!r} belongs to another event loop: get one in this loop, "
-                "or use its blocking form `handle.sync` from a thread"
-            )
-        directory, options = self._gateway.directory, self._options
+    async def _enter(self) -> Gateway:
+        """The gateway of the running event loop."""
+        gateway = self._gateway
+        if not gateway.is_here():
+            gateway = self._gateway = await gateway.enter(self)
+        return gateway
+
+    async def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallExchange:
+        """Submit a call. Hot path."""
+        gateway = await self._enter()
+        if gateway.tasks is not None and gateway.tasks.are_among(args, kwargs):
+            args, kwargs = await gateway.tasks.fetch(args, kwargs)
+        pickled = dump((args, kwargs), self._arguments)
+        return self._route(gateway, lambda target, deadline: CallExchange(target, pickled, deadline))
+
+    def _route(self, gateway: Gateway, make: Callable[[str, float | None], E]) -> E:
+        """Make an exchange and give it to the router of the backend that this call goes to."""
+        directory, options = gateway.directory, self._options
         endpoint = directory.endpoint(self._name)
         deadline = inherited_deadline()
         if options.timeout_s is not None:
-            own = directory.clock.time() + options.timeout_s
+            own = directory.clock.time() + min(options.timeout_s, MAX_SECONDS)
             deadline = own if deadline is None else min(own, deadline)
         target = options.method_name or endpoint.target
-        pickled = dump((args, kwargs), self._arguments)
-        exchange = CallExchange(target, pickled, deadline)
+        exchange = make(target, deadline)
         try:
             directory.choose(endpoint, options.shard_key).submit(exchange)
         except QueueFull as error:
             raise QueueFull(
                 f"{error}; `handle.map(items, max_in_flight=...)` submits only so many at a time"
             ) from None
-        if endpoint.traffic.shadows:
-            directory.shadow(endpoint, lambda: CallExchange(target, pickled, deadline))
+        if endpoint.traffic.shadows and exchange.frame_type == FrameType.CALL:
+            directory.shadow(endpoint, lambda: make(target, deadline))
         return exchange
 
 
@@ -267,11 +292,11 @@ class _Flow:
 
     def __init__(
         self,
-        submit: Callable[[tuple[Any, ...], dict[str, Any]], CallExchange],
+        begin: Callable[[tuple[Any, ...], dict[str, Any]], Awaitable[CallExchange]],
         max_in_flight: int,
         ordered: bool,
     ) -> None:
-        self._submit = submit
+        self._begin = begin
         self._ordered = ordered
         self._room = asyncio.Semaphore(max_in_flight)
         self._under_way: dict[int, CallExchange] = {}
@@ -297,7 +322,7 @@ class _Flow:
     async def _put(self, item: Any) -> None:
         await self._room.acquire()
         index, self._count = self._count, self._count + 1
-        exchange = self._under_way[index] = self._submit((item,), {})
+        exchange = self._under_way[index] = await self._begin((item,), {})
         if self._ordered:
             self._next.put_nowait(index)
         else:

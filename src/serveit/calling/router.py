@@ -11,11 +11,14 @@ import asyncio
 import logging
 import random
 from collections import OrderedDict
+from contextvars import copy_context
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from serveit.calling.choice import choose
 from serveit.calling.connection import Connection
 from serveit.calling.exchange import Exchange, Phase
+from serveit.context import context
 from serveit.exceptions import (
     DeadlineExceeded,
     Draining,
@@ -26,7 +29,8 @@ from serveit.exceptions import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable
+    from contextvars import Context
 
     from serveit.clock import DeadlineWheel
     from serveit.control.snapshot import BackendInfo, ReplicaInfo
@@ -55,8 +59,10 @@ class Router:
     """The way of one process to the replicas of one backend.
 
     All mutable state: `_connections` (by replica id) and `_ring` (the same, to draw from), `_queue`
-    (who waits, oldest first: exactly the exchanges in phase WAITING), `_closed` (nothing is taken
-    any more), `_hinted` (the hint at `num_threads` has been given).
+    (who waits, oldest first: exactly the exchanges in phase WAITING, and the context of the code that
+    waits for them), `_ending` (all replicas that the snapshot names are going away), `_guarded` (only
+    running requests may still call), `_closed` (nobody may), `_hinted` (the hint at `num_threads` has
+    been given).
     """
 
     def __init__(
@@ -79,8 +85,10 @@ class Router:
         self._random = (rng or random.Random()).random
         self._connections: dict[str, Connection] = {}
         self._ring: list[Connection] = []
-        self._queue: OrderedDict[Exchange, None] = OrderedDict()
+        self._queue: OrderedDict[Exchange, Context | None] = OrderedDict()
         self._closed = False
+        self._guarded = False
+        self._ending = False
         self._hinted = False
 
     def __repr__(self) -> str:
@@ -95,6 +103,11 @@ class Router:
     def idle(self) -> bool:
         """Whether there is nothing left to close: no connection, so no request on one."""
         return not self._connections
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether a replica that the latest snapshot names has no connection: `update` tries again."""
+        return not self._closed and len(self._connections) < len(self.info.replicas)
 
     def statistics(self) -> RouterStatistics:
         return RouterStatistics(
@@ -130,8 +143,17 @@ class Router:
         # Known before they are connected: an update that overlaps this one leaves them alone.
         self._connections.update((connection.replica.id, connection) for connection in new)
         self._ring = list(self._connections.values())
-        self._pump()
+        self._look_for_end()
+        for connection in list(self._ring):
+            self.room_made(connection)
         await asyncio.gather(*map(self._open, new))
+
+    def drain(self) -> None:
+        """Take calls of running requests only, which are to come to their ends; fail what else waits."""
+        self._guarded = True
+        # Of those that had been sent it is not known: they may go on.
+        waiting = [(exchange, code) for exchange, code in self._queue.items() if code is not None]
+        self._end_waiting([exchange for exchange, code in waiting if not code.run(_is_nested)])
 
     def retire(self) -> None:
         """The backend is gone: fail what waits, let what is under way end, then close the links."""
@@ -154,16 +176,17 @@ class Router:
             QueueFull: `max_queued_requests` are waiting already.
             DeadlineExceeded: its deadline is over already.
             NotServing: the router is closed.
+            Draining: the backend is being shut down.
             ProtocolError: the request's metadata does not fit a frame.
         """
-        if self._closed:
-            raise NotServing(f"backend {self.info.name!r} has been shut down")
+        if self._guarded:
+            self._check_open()
         deadline = exchange.deadline
         if deadline is not None and deadline <= self.now():
             name = self.info.name
             raise DeadlineExceeded(f"the deadline was over before backend {name!r} was asked", executed="no")
         exchange.owner = self
-        connection = self._choose(exchange) if not self._queue else None
+        connection = choose(self._ring, exchange.refused_by, self._random) if not self._queue else None
         if connection is not None:
             connection.send(exchange)
         else:
@@ -177,7 +200,7 @@ class Router:
         Raises:
             QueueFull: none would.
         """
-        connection = self._choose(exchange) if not self._queue else None
+        connection = choose(self._ring, exchange.refused_by, self._random) if not self._queue else None
         if connection is None or not connection.has_free_slot:
             raise QueueFull(f"no replica of backend {self.info.name!r} has a free slot right now")
         exchange.owner = self
@@ -221,7 +244,7 @@ class Router:
         just_now = frozenset((exchange.connection.replica.id,))
         for refused_by in (exchange.refused_by | just_now, just_now):
             exchange.refused_by = refused_by
-            connection = self._choose(exchange)
+            connection = choose(self._ring, exchange.refused_by, self._random)
             if connection is not None:
                 break
         self._resubmit(exchange, connection)
@@ -232,13 +255,21 @@ class Router:
         for exchange in exchanges:
             if exchange.phase == Phase.QUEUED and not exchange.resent:
                 exchange.resent = True
-                self._resubmit(exchange, self._choose(exchange))
+                self._resubmit(exchange, choose(self._ring, exchange.refused_by, self._random))
             else:
                 executed: Executed = "no" if exchange.phase == Phase.QUEUED else "maybe"
-                error = ReplicaDied(
-                    f"replica {connection.replica.id} was lost with the request on it", executed=executed
-                )
-                self._end(exchange, error)
+                text = f"replica {connection.replica.id} was lost with the request on it"
+                self._end(exchange, ReplicaDied(text, executed=executed))
+
+    def draining(self, connection: Connection) -> None:
+        self._look_for_end()
+
+    def _look_for_end(self) -> None:
+        """Where no replica is left that takes requests, and none is to come, there is nothing to wait for."""
+        known = [self._connections.get(replica.id) for replica in self.info.replicas]
+        self._ending = bool(known) and all(one is not None and one.draining for one in known)
+        if self._ending:
+            self._end_waiting(list(self._queue))
 
     # -- connections -------------------------------------------------------------------------
 
@@ -261,54 +292,29 @@ class Router:
     def _forget(self, connection: Connection) -> None:
         if self._connections.get(connection.replica.id) is connection:
             del self._connections[connection.replica.id]
+            self._ending = False
             self._ring = list(self._connections.values())
 
     def _take_no_more(self) -> None:
-        self._closed = True
-        waiting = list(self._queue)
-        self._queue.clear()
-        for exchange in waiting:
+        self._closed = self._guarded = True
+        self._end_waiting(list(self._queue))
+
+    def _end_waiting(self, exchanges: list[Exchange]) -> None:
+        for exchange in exchanges:
+            del self._queue[exchange]
             self._end(exchange, self._shut_down())
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise NotServing(f"backend {self.info.name!r} has been shut down")
+        if not _is_nested():
+            raise self._shut_down()
 
     # -- decisions ---------------------------------------------------------------------------
 
-    def _choose(self, exchange: Exchange) -> Connection | None:
-        """The less loaded of two drawn at random; where neither has a free slot, of those that do.
-
-        "Power of two choices" (Mitzenmacher, 1996): nearly as even as asking all of them, and two
-        routers with the same stale view do not both run to the same replica. While slots are free
-        it costs the same for 2 replicas and for 200.
-        """
-        ring, refused_by = self._ring, exchange.refused_by
-        if len(ring) == 1:
-            (only,) = ring
-            usable = only.has_room and only.ready and only.replica.id not in refused_by
-            return only if usable else None
-        drawn = self._draw_two(ring)
-        free: Sequence[Connection] = [
-            c for c in drawn if c.has_free_slot and c.ready and c.replica.id not in refused_by
-        ]
-        if not free:
-            roomy = [c for c in ring if c.has_room and c.ready and c.replica.id not in refused_by]
-            free = self._draw_two([c for c in roomy if c.has_free_slot] or roomy)
-        if not free:
-            return None
-        chosen = min(free, key=_load)
-        for other in drawn:
-            if other is not chosen:
-                other.passed_over()
-        return chosen
-
-    def _draw_two(self, connections: Sequence[Connection]) -> Sequence[Connection]:
-        """Two different ones in random order: so ties are broken at random, too."""
-        count = len(connections)
-        if count < 2:
-            return connections
-        first = int(self._random() * count)
-        second = int(self._random() * (count - 1))
-        return connections[first], connections[second + (second >= first)]
-
     def _wait(self, exchange: Exchange) -> None:
+        if self._ending:
+            raise self._shut_down()
         if len(self._queue) >= self.max_queued_requests:
             self._observer.refused(self.info.name, "router", "full")
             raise QueueFull(
@@ -316,7 +322,7 @@ class Router:
                 f"(max_queued_requests={self.max_queued_requests})"
             )
         exchange.waiting_since = self.now()
-        self._queue[exchange] = None
+        self._queue[exchange] = copy_context()
 
     def _resubmit(self, exchange: Exchange, connection: Connection | None) -> None:
         if self._closed:
@@ -330,6 +336,9 @@ class Router:
         exchange.phase = Phase.WAITING
         if connection is not None:
             self._send(connection, exchange)
+            return
+        if self._ending:
+            self._end(exchange, self._shut_down())
             return
         exchange.refused_by = frozenset()
         exchange.waiting_since = self.now()
@@ -352,10 +361,6 @@ class Router:
                     self.info.name,
                     threads,
                 )
-
-    def _pump(self) -> None:
-        for connection in list(self._ring):
-            self.room_made(connection)
 
     def _withdraw(self, exchange: Exchange) -> None:
         phase, exchange.phase = exchange.phase, Phase.DONE
@@ -387,5 +392,9 @@ class Router:
         return DeadlineExceeded(f"backend {name!r} did not answer in time", executed="maybe")
 
 
-def _load(connection: Connection) -> int:
-    return connection.load
+def _is_nested() -> bool:
+    """Whether the code that runs now is that of a request in a replica of this process."""
+    try:
+        return bool(context().request_id)
+    except NotServing:
+        return False

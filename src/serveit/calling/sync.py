@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, cast
 from serveit.exceptions import NotServing
 
 if TYPE_CHECKING:
-    from serveit.calling.handle import Gateway, Handle
+    from serveit.calling.handle import Handle
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -23,9 +23,8 @@ class SyncHandle(Generic[P, R]):
     Got from `client.get_handle(name, sync=True)`.
     """
 
-    def __init__(self, handle: Handle[P, R], gateway: Gateway) -> None:
+    def __init__(self, handle: Handle[P, R]) -> None:
         self._handle = handle
-        self._gateway = gateway
 
     def __repr__(self) -> str:
         return repr(self._handle).replace("(async)", "(sync)")
@@ -36,11 +35,11 @@ class SyncHandle(Generic[P, R]):
         return cast("SyncHandle[..., Any]", self.options(method_name=name))
 
     def __reduce__(self) -> Any:
-        return self._handle.__reduce__()
+        return self._handle.reduced(sync=True)
 
     def options(self, **changes: Any) -> SyncHandle[P, R]:
         """As `Handle.options`."""
-        return SyncHandle(self._handle.options(**changes), self._gateway)
+        return SyncHandle(self._handle.options(**changes))
 
     def call(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """As `Handle.call`, blocking."""
@@ -71,7 +70,13 @@ class SyncHandle(Generic[P, R]):
 
     def _wait(self, function: Callable[[], Awaitable[Any]]) -> Any:
         """Run it in the event loop; who is interrupted (Ctrl-C) while waiting takes it back."""
-        future = self._gateway.portal.start_task_soon(function)
+        gateway = self._handle.gateway
+        try:
+            future = gateway.portal.start_task_soon(function)
+        except RuntimeError:
+            if _running_loop() is not None:
+                raise
+            raise self._shut_down() from None
         try:
             return future.result()
         except BaseException as error:
@@ -88,7 +93,7 @@ class SyncHandle(Generic[P, R]):
             try:
                 yield cast("T", item)
             except BaseException:  # the reader has closed this iterator, or the garbage collector
-                if not self._gateway.directory.closed and _running_loop() is None:
+                if not self._handle.gateway.closed and _running_loop() is None:
                     self._wait(lambda: _close(source))
                 raise
 
@@ -98,9 +103,11 @@ class SyncHandle(Generic[P, R]):
                 f"{self!r} blocks and an event loop is running in this thread: "
                 f"use the async handle (sync=False): `{instead}`"
             )
-        directory = self._gateway.directory
-        if directory.closed:
-            raise NotServing(f"{self!r}: app {directory.app!r} has been shut down")
+        if self._handle.gateway.closed:
+            raise self._shut_down()
+
+    def _shut_down(self) -> NotServing:
+        return NotServing(f"{self!r}: app {self._handle.gateway.app!r} has been shut down")
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:

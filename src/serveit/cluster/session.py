@@ -1,1 +1,172 @@
-"""The way into a Ray cluster and out of it: joins one or starts one, and leaves nothing behind."""
+"""Ray in this process: the one it is connected to, one that is joined, or an embedded one of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import socket
+import stat
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from serveit.cluster.orders import NAMESPACE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+logger = logging.getLogger("serveit.session")
+
+HINT_S = 0.2
+YOUNG_S = 10.0
+"""What a process gets between making its socket and listening on it."""
+
+
+class Session:
+    """Ray for as long as this process serves.
+
+    Attributes:
+        embedded: whether it was started here, and ends with `close`.
+    """
+
+    def __init__(self, *, embedded: bool, joined: bool) -> None:
+        self.embedded = embedded
+        self._joined = joined
+
+    def __repr__(self) -> str:
+        return f"<Session {'embedded' if self.embedded else 'joined'}>"
+
+    @property
+    def folder(self) -> str:
+        """For the sockets of this cluster's processes on this machine; short, since their paths may not
+        be long. The processes make it, with mode 0700."""
+        job = ray.get_runtime_context().get_session_name()
+        return str(_sockets() / job.removeprefix("session_").replace("_", "-")[-24:])
+
+    def close(self) -> None:
+        """Leave Ray as it was found. The user may have left it already."""
+        if not ray.is_initialized() or not (self.embedded or self._joined):
+            return
+        folder = Path(self.folder)
+        ray.shutdown()
+        if self.embedded:
+            _remove(folder, young_s=0.0)
+
+
+def open_session(address: str | None = None) -> Session:
+    """Ray for this process; blocking, for some seconds where one has to be started.
+
+    Args:
+        address: of a cluster to join, "auto" for the one on this machine. None: the Ray that this process
+            is connected to, else a new one, embedded: only what is needed, reachable with a token only.
+
+    Raises:
+        ConnectionError: no cluster at the address.
+        RuntimeError: this process is connected to another.
+    """
+    if ray.is_initialized():
+        here = ray.get_runtime_context().gcs_address
+        if address not in (None, "auto", here):
+            raise RuntimeError(
+                f"this process is connected to the Ray cluster at {here} already, not to {address!r}: "
+                "leave address out, or call ray.shutdown() first"
+            )
+        return Session(embedded=False, joined=False)
+    if address is not None:
+        try:
+            ray.init(address=address, namespace=NAMESPACE, logging_level=logging.ERROR)
+        except (ConnectionError, ValueError) as error:
+            raise ConnectionError(
+                f"no Ray cluster at {address!r}: {error}; `ray start --head` starts one, "
+                "and without an address serveit starts its own"
+            ) from None
+        return Session(embedded=False, joined=True)
+    _sweep()
+    _make_token()
+    with _environment():
+        # "local" spelled out: a pointer that a dead cluster left must not be followed.
+        ray.init(
+            address="local",
+            namespace=NAMESPACE,
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+        )
+    return Session(embedded=True, joined=False)
+
+
+def node_address() -> str:
+    """The address of this process's node, as others on the network reach it."""
+    find: Any = ray.util.get_node_ip_address  # typed by nobody
+    return str(find())
+
+
+@contextlib.contextmanager
+def _environment() -> Iterator[None]:
+    """What Ray's processes inherit: without their bytecode they take twice as long to start."""
+    removed = os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    quiet = "RAY_USAGE_STATS_ENABLED" not in os.environ
+    if quiet:
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    try:
+        yield
+    finally:
+        if quiet:
+            del os.environ["RAY_USAGE_STATS_ENABLED"]
+        if removed is not None:
+            os.environ["PYTHONDONTWRITEBYTECODE"] = removed
+
+
+def _make_token() -> None:
+    """Ray protects an embedded cluster by a token, and would leave it in a file that everybody can read."""
+    if "RAY_AUTH_MODE" in os.environ or os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
+        return
+    path = Path.home() / ".ray" / "auth_token"
+    with contextlib.suppress(OSError):  # what cannot be made here is Ray's to report
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+
+
+def _sockets() -> Path:
+    return Path(tempfile.gettempdir()) / f"serveit-{os.getuid()}"
+
+
+def _sweep() -> None:
+    """Remove what processes that were killed have left: sockets on which nobody listens."""
+    with contextlib.suppress(OSError):
+        for folder in _sockets().iterdir():
+            _remove(folder, YOUNG_S)
+
+
+def _remove(folder: Path, young_s: float) -> None:
+    """Remove a folder's dead sockets, and the folder if that empties it; nothing that is young.
+
+    A process that is just starting has made its folder, and bound a socket that it does not listen on yet.
+    """
+    before = time.time() - young_s
+    with contextlib.suppress(OSError):
+        is_old = folder.lstat().st_mtime <= before
+        for path in folder.iterdir():
+            found = path.lstat()
+            if stat.S_ISSOCK(found.st_mode) and found.st_mtime <= before and _is_dead(path):
+                path.unlink(missing_ok=True)
+        if is_old:
+            folder.rmdir()
+
+
+def _is_dead(path: Path) -> bool:
+    """Whether nobody listens."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(HINT_S)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            return False  # its backlog is full, or it is gone by now
+    return False

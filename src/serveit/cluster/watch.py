@@ -1,1 +1,189 @@
-"""How snapshots reach proxies, drivers and replicas: one long-lived watch each, no polling."""
+"""Follows an instance's snapshots in one event loop: a directory per app, connected to its replicas.
+
+Proxies have one, drivers, and replicas whose code has handles. One actor call is pending at the
+controller all the time; what it brings replaces what was known.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import ray
+
+from serveit.calling.directory import Directory
+from serveit.clock import DeadlineWheel, LoopClock
+from serveit.cluster.orders import parse_place
+from serveit.control.snapshot import AppInfo, Snapshot
+from serveit.exceptions import NotServing
+from serveit.observe import NullObserver
+from serveit.wire.channel import connect
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from serveit.control.snapshot import ReplicaInfo
+    from serveit.wire.link import Link, Receiver
+
+logger = logging.getLogger("serveit.watch")
+
+RETRY_S = 0.5
+"""Between attempts to reach replicas, or a controller, that could not be reached."""
+
+
+class Watch:
+    """What one event loop knows of an instance.
+
+    All mutable state: `directories` (by app), `version` (of the snapshot taken in), `_infos` (its apps),
+    `_news` (set when there is a later one).
+    """
+
+    def __init__(
+        self,
+        controller: Any,
+        *,
+        member: str,
+        role: str,
+        secret: bytes,
+        default_queue: int,
+        on_snapshot: Callable[[Snapshot], None] | None = None,
+    ) -> None:
+        """
+        Args:
+            controller: its actor.
+            member: a name of this watcher, unique in the instance.
+            role: of this process on its channels: "proxy", "driver" or "replica".
+            secret: the instance's, for channels between nodes.
+            default_queue: `max_queued_requests` where a backend names none.
+            on_snapshot: called when a snapshot has been taken in.
+        """
+        self.clock = LoopClock()
+        self.directories: dict[str, Directory] = {}
+        self.version = (0, 0)
+        self._controller = controller
+        self._member = member
+        self._role = role
+        self._secret = secret
+        self._default_queue = default_queue
+        self._on_snapshot = on_snapshot
+        self._wheel = DeadlineWheel(self.clock)
+        self._node = ray.get_runtime_context().get_node_id()
+        self._infos: dict[str, AppInfo] = {}
+        self._news = asyncio.Event()
+        self._following: asyncio.Task[None] | None = None
+
+    def __repr__(self) -> str:
+        return f"<Watch {self._member} {self.version} {list(self.directories.values())}>"
+
+    async def open(self) -> None:
+        """Take in what is, and follow it from then on. Raises NotServing without a controller."""
+        self._following = asyncio.get_running_loop().create_task(self._follow())
+        news = asyncio.ensure_future(self._news.wait())
+        await asyncio.wait((self._following, news), return_when=asyncio.FIRST_COMPLETED)
+        news.cancel()
+        if self._following.done():
+            self._following.result()
+
+    async def reached(self, version: tuple[int, int]) -> None:
+        """Wait until a snapshot of this version or a later one has been taken in."""
+        while self.version < version:
+            await self._news.wait()
+
+    async def aclose(self) -> None:
+        """Follow no more and close all channels."""
+        if self._following is not None:
+            self._following.cancel()
+            await asyncio.wait((self._following,))
+        self.close()
+        await asyncio.sleep(0)  # the channels' last frames
+
+    def close(self) -> None:
+        """Close all channels."""
+        for directory in self.directories.values():
+            directory.close()
+        self._wheel.close()
+
+    # -- following ---------------------------------------------------------------------------
+
+    async def _follow(self) -> None:
+        try:
+            while True:
+                await self._take_in(await self._next())
+        finally:
+            self.close()
+            # Here, where loops that are not closed in order come by, too: whoever is not forgotten is
+            # waited for at the next change.
+            if ray.is_initialized():
+                with contextlib.suppress(ray.exceptions.RayError):
+                    self._controller.forget.remote(self._member)
+
+    async def _next(self) -> Snapshot:
+        """The next snapshot; meanwhile, replicas that could not be reached are tried again."""
+        while True:
+            call = asyncio.ensure_future(_result(self._controller.watch.remote(self._member, self.version)))
+            try:
+                while not call.done():
+                    incomplete = any(directory.incomplete for directory in self.directories.values())
+                    await asyncio.wait((call,), timeout=RETRY_S if incomplete else None)
+                    if not call.done():
+                        await self._reconnect()
+                return msgspec.msgpack.decode(call.result(), type=Snapshot)
+            except ray.exceptions.ActorDiedError as error:
+                if self.version == (0, 0):
+                    raise NotServing(f"the controller is gone: {error}") from None
+                # Requests go on without it.
+                logger.warning("the controller is gone; what is known of the app stays")
+                await asyncio.Event().wait()
+            except ray.exceptions.RayError as error:
+                logger.warning("the controller does not answer: %s", error)
+                await asyncio.sleep(RETRY_S)
+            finally:
+                call.cancel()
+
+    async def _take_in(self, snapshot: Snapshot) -> None:
+        infos = {info.name: info for info in snapshot.apps}
+        for name in infos:
+            if name not in self.directories:
+                self.directories[name] = self._make_directory(name)
+        await asyncio.gather(*(self.directories[name].update(info) for name, info in infos.items()))
+        self._infos = infos
+        self.version = snapshot.version
+        if self._on_snapshot is not None:
+            self._on_snapshot(snapshot)
+        for name in self.directories.keys() - infos.keys():
+            directory = self.directories.pop(name)
+            await directory.update(AppInfo(name, (), (), ()))
+            directory.closed = True
+        news, self._news = self._news, asyncio.Event()
+        news.set()
+
+    async def _reconnect(self) -> None:
+        for name, info in self._infos.items():
+            if self.directories[name].incomplete:
+                await self.directories[name].update(info)
+
+    def _make_directory(self, app: str) -> Directory:
+        return Directory(
+            app,
+            default_queue=self._default_queue,
+            connect=self._connect,
+            clock=self.clock,
+            wheel=self._wheel,
+            observer=NullObserver(),
+        )
+
+    async def _connect(self, info: ReplicaInfo, receiver: Receiver) -> Link:
+        place = parse_place(info.address)
+        if place.node == self._node:
+            return await connect(place.unix, receiver, role=self._role)
+        if not place.tcp:
+            raise OSError(f"replica {info.id} is on another node and listens on none of its addresses")
+        return await connect(place.tcp, receiver, role=self._role, secret=self._secret)
+
+
+async def _result(ref: Any) -> bytes:
+    octets: bytes = await ref
+    return octets

@@ -6,6 +6,7 @@ Hot path: `encode_result`, once per request; `ChunkEncoder.encode`, once per chu
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import math
@@ -39,11 +40,11 @@ _ARRAYS = (list, tuple, set, frozenset)
 _STREAMS = (Generator, AsyncIterator)
 _NONFINITE = re.compile(rb"\xcb[\x7f\xff][\xf0-\xff]")
 """How NaN and the infinities begin in msgpack, whatever their payload: exponent bits all set."""
+_MAX_SEARCHED = 20_000
+"""Values that the search for a fault looks at: the event loop waits meanwhile, for some 10 ms."""
 _MAX_DEPTH = 10_000
-"""Levels that the search for a fault goes down: more than msgspec does."""
-_MAX_PATH = 100
-_MAX_KEY = 40
-_MAX_REASON = 200
+"""Levels that it goes down: more than msgspec does."""
+_MAX_PATH, _MAX_KEY, _MAX_REASON = 100, 40, 200
 _NUMPY_KINDS = "biufUSTO"
 """numpy's dtypes whose `tolist` gives what JSON has: bool, ints, floats, text, bytes, objects."""
 _EXACT: dict[type, Callable[[Any], Any]] = {
@@ -118,7 +119,7 @@ def encode_json(value: Any) -> bytes:
         data = _encode(value)
     except _FAILURES as error:
         raise EncodingError(_explain(value, error)) from error
-    if b"null" in data and _may_hold_nonfinite(value) and (fault := _find_fault(value)):
+    if b"null" in data and _may_hold_nonfinite(value) and (fault := _lost_nonfinite(value, data)):
         raise EncodingError(f"the result cannot be sent as JSON: {fault}")
     return data
 
@@ -183,11 +184,23 @@ def _may_hold_nonfinite(value: Any) -> bool:
         return True
 
 
+def _lost_nonfinite(value: Any, data: bytes) -> str | None:
+    """The NaN or infinity that is a `null` in `data`, the value's JSON; None if there is none."""
+    if (fault := _find_fault(value)) != "":
+        return fault
+    try:  # at msgspec's speed: both brought to msgpack
+        plain = msgspec.to_builtins(value, str_keys=True, enc_hook=_enc_hook)
+        is_lost = _encode_msgpack(plain) != _encode_msgpack(msgspec.json.decode(data))
+    except _FAILURES:
+        return _find_fault(value, most=sys.maxsize)
+    return "somewhere in it is nan or an infinity, which JSON does not have" if is_lost else None
+
+
 def _explain(value: Any, error: Exception) -> str:
     fault = _find_fault(value)
-    if fault is None:
-        said = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)[:100]
-        fault = f"$ ({_type_label(value)}): {said}"
+    if not fault:
+        said = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)[:_MAX_REASON]
+        fault = f"{'$' if fault is None else 'somewhere in $'} ({_type_label(value)}): {said}"
     return f"the result cannot be sent as JSON: {fault}"
 
 
@@ -234,8 +247,11 @@ def _from_numpy(numpy: Any, value: Any) -> Any:
 
 def _from_pydantic(model: Any) -> Any:
     dumped = model.model_dump(mode="json", by_alias=True)
+    if b"null" not in _encode(dumped):
+        return dumped
+    raw = model.model_dump(by_alias=True)
     # In fields of type Any pydantic writes None for NaN, as msgspec does everywhere.
-    return _with_nonfinite(dumped, model.model_dump(by_alias=True)) if b"null" in _encode(dumped) else dumped
+    return _with_nonfinite(dumped, raw) if _may_hold_nonfinite(raw) else dumped
 
 
 def _with_nonfinite(dumped: Any, raw: Any) -> Any:
@@ -251,7 +267,7 @@ def _with_nonfinite(dumped: Any, raw: Any) -> Any:
 
 def _hint(value: Any) -> str:
     if hasattr(value, "__await__"):
-        return ": await it"
+        return ": await it, in a function that is `async def`"
     if hasattr(value, "__next__") or hasattr(value, "__anext__"):
         return ": make it a list"
     for name in ("tolist", "to_dict", "_asdict"):
@@ -274,10 +290,11 @@ _encode_msgpack = msgspec.msgpack.Encoder(enc_hook=_enc_hook).encode
 # Where a value has no form in JSON
 
 
-def _find_fault(value: Any) -> str | None:
+def _find_fault(value: Any, most: int = _MAX_SEARCHED) -> str | None:
     """The first place in `value` that has no form in JSON, and why: "$.items[3].x is nan, ...".
 
-    Goes down in msgspec's order, without recursion, so that depth and cycles are found as well.
+    Goes down in msgspec's order, without recursion, so that depth and cycles are found as well. "" if
+    there is none in the first `most` values.
     """
     labels: list[str] = []
     inside: list[Any] = []  # the values on the way down to this one, kept alive so that their ids hold
@@ -299,6 +316,9 @@ def _find_fault(value: Any) -> str | None:
             children = _children(node)
         except Exception as error:  # also what the code of a value's own class raises
             return f"{_written([*labels, label])} {shorten(str(error), _MAX_REASON)}"
+        most -= 1
+        if most < 0:
+            return ""
         if children is not None:
             if len(levels) == _MAX_DEPTH:
                 return None
@@ -332,11 +352,8 @@ def _children(node: Any) -> Iterator[tuple[str, Any]] | None:
 
 def _stand_in(node: Any) -> Iterator[tuple[str, Any]] | None:
     """What `_enc_hook` makes of a value, in its place; None if msgspec needs no hook for it."""
-    try:
+    with contextlib.suppress(TypeError):
         _encode_plain(node)
-    except TypeError:
-        pass
-    else:
         return None
     numpy = sys.modules.get("numpy")
     if numpy is None or type(node) is not numpy.ndarray or node.dtype.kind != "f":

@@ -32,11 +32,8 @@ class CallJob(Job):
     def arguments(self, method: Method) -> tuple[Any, Any]:
         args, kwargs = load(self._sizes, self._body)
         self._body = b""
-        if method.is_batch and (len(args) != 1 or kwargs):
-            raise TypeError(
-                f"{self.target!r} is called with batches: give exactly one item, "
-                f"not {len(args)} positional and {len(kwargs)} keyword arguments"
-            )
+        if method.is_batch:
+            check_item(self.target, args, kwargs)
         return args, kwargs
 
     def is_whole(self, value: Any) -> bool:
@@ -64,14 +61,26 @@ class CallJob(Job):
         raise AssertionError("unreachable: every value is whole")
 
     def fail(self, error: BaseException) -> None:
-        """Send the error as it is, if it can be raised in the caller; else what it was, as text.
+        send_error(self, error)
 
-        SystemExit would end the caller, a CancelledError would look like its own cancellation, and
-        a StopIteration cannot be raised through futures.
-        """
-        failure = failure_of(error, others=self.reply.others(), in_user_code=self.in_user_code)
-        raisable = isinstance(error, Exception) and not isinstance(error, (StopIteration, StopAsyncIteration))
-        self.reply.error(failure, dump_exception(error, MAX_INLINE) if raisable else b"")
-        logger.debug(
-            "%s failed (request %s): %s: %s", self.target, self.request_id, failure.kind, failure.text
+
+def raisable(error: BaseException) -> bool:
+    """Whether it can be raised in the caller as it is: SystemExit would end the caller, a CancelledError
+    would look like its own cancellation, and a StopIteration cannot be raised through futures."""
+    return isinstance(error, Exception) and not isinstance(error, (StopIteration, StopAsyncIteration))
+
+
+def send_error(job: Job, error: BaseException) -> None:
+    """Send the error as it is, if it can be raised in the caller; else what it was, as text."""
+    failure = failure_of(error, others=job.reply.others(), in_user_code=job.in_user_code)
+    job.reply.error(failure, dump_exception(error, MAX_INLINE) if raisable(error) else b"")
+    logger.debug("%s failed (request %s): %s: %s", job.target, job.request_id, failure.kind, failure.text)
+
+
+def check_item(target: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """TypeError unless the arguments are one item of a batch."""
+    if len(args) != 1 or kwargs:
+        raise TypeError(
+            f"{target!r} is called with batches: give exactly one item, "
+            f"not {len(args)} positional and {len(kwargs)} keyword arguments"
         )

@@ -7,6 +7,7 @@ ERROR that could not be written would leave its caller waiting.
 from __future__ import annotations
 
 import concurrent.futures.thread
+import sys
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,19 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import msgspec
 
-from serveit.exceptions import BatchError, EncodingError, ServeitError
+from serveit.exceptions import (
+    BatchError,
+    DeadlineExceeded,
+    Draining,
+    EncodingError,
+    NeedsRay,
+    NoReplica,
+    NotServing,
+    QueueFull,
+    RemoteTraceback,
+    ReplicaDied,
+    ServeitError,
+)
 from serveit.types import Executed
 from serveit.wire.frames import Failure
 
@@ -27,6 +40,17 @@ MAX_ERRORS = 50
 MAX_LISTED = 64 * 1024
 """Octets that `errors` and `headers` may take, each; longer ones are left out."""
 
+_OF_CALLS: dict[type[ServeitError], str] = {
+    kind: f"a backend that this one called {what}"
+    for kinds, what in (
+        ((QueueFull, NoReplica, Draining, NotServing, NeedsRay), "did not take the request"),
+        ((ReplicaDied,), "was lost with the request on it"),
+        ((DeadlineExceeded,), "did not answer in time"),
+    )
+    for kind in kinds
+}
+"""What user code raises because of a call that it made; their own texts advise the one who made it."""
+
 _EXECUTED = get_args(Executed)
 _NOT_THE_USERS = (str(Path(__file__).resolve().parent), concurrent.futures.thread.__file__)
 
@@ -37,7 +61,9 @@ class Cancelled(ServeitError):
     status = 499
 
 
-def failure_of(error: BaseException, *, others: int, in_user_code: bool, traced: bool = True) -> Failure:
+def failure_of(
+    error: BaseException, *, others: int, in_user_code: bool, traced: bool = True, is_own: bool = False
+) -> Failure:
     """Describe an exception for the caller.
 
     Args:
@@ -46,6 +72,7 @@ def failure_of(error: BaseException, *, others: int, in_user_code: bool, traced:
         in_user_code: whether the user's function had been called: then the request was executed,
             whatever the exception says of itself (user code may raise serveit's own).
         traced: whether the caller can use the traceback, which costs more than all the rest.
+        is_own: whether serveit made it for this very request, though user code had been called.
     """
     status = status_of(error)
     executed: Executed = "yes" if in_user_code else "no"
@@ -55,7 +82,7 @@ def failure_of(error: BaseException, *, others: int, in_user_code: bool, traced:
         others=others,
         status=status,
         kind=_clip(type(error).__qualname__, MAX_TEXT),
-        detail=_detail(error, status),
+        detail=_detail(error, status, is_own=is_own or not in_user_code),
         text=_clip(text_of(error), MAX_TEXT),
         executed=executed,
         errors=_errors(error),
@@ -65,10 +92,20 @@ def failure_of(error: BaseException, *, others: int, in_user_code: bool, traced:
 
 
 def status_of(error: BaseException) -> int:
-    """serveit's own errors have one; so has any exception with a `status_code`, as Starlette's
-    HTTPException; the rest is a 500."""
-    status = _attribute(error, "status" if isinstance(error, ServeitError) else "status_code")
+    """serveit's own errors have one, and Starlette's HTTPException; the rest is a 500: what other
+    libraries call `status_code` is mostly what somebody else answered to this backend."""
+    if isinstance(error, ServeitError):
+        status = _attribute(error, "status")
+    elif _is_http(error):
+        status = _attribute(error, "status_code")
+    else:
+        return 500
     return int(status) if isinstance(status, int) and 300 <= status <= 599 else 500
+
+
+def is_of_a_call(error: BaseException) -> bool:
+    """Whether user code that raises this made a call that failed."""
+    return type(error) in _OF_CALLS
 
 
 def user_traceback(error: BaseException) -> str:
@@ -91,15 +128,31 @@ def text_of(error: object) -> str:
         return "(its text cannot be made)"
 
 
-def _detail(error: BaseException, status: int) -> str:
+def _detail(error: BaseException, status: int, *, is_own: bool) -> str:
     """Text for any HTTP client: never of an exception that was not meant for one."""
     if isinstance(error, ServeitError):
-        shown = status != 500 or isinstance(error, (EncodingError, BatchError))
-        return _clip(text_of(error), MAX_TEXT) if shown else ""
-    if status == 500 and _attribute(error, "status_code") != 500:
+        if not is_own and is_of_a_call(error):
+            return _OF_CALLS[type(error)]
+        if status == 500 and not _is_of_the_answer(error, is_own):
+            return ""
+        return _clip(text_of(error), MAX_TEXT)
+    if not _is_http(error) or (status == 500 and _attribute(error, "status_code") != 500):
         return ""
     detail = _attribute(error, "detail")
     return _clip(text_of(error if detail is None else detail), MAX_TEXT)
+
+
+def _is_of_the_answer(error: ServeitError, is_own: bool) -> bool:
+    """Whether it says what is wrong with the result, to whoever wrote the backend."""
+    if isinstance(error, BatchError):  # made here, and not in a replica that user code called
+        return is_own or not isinstance(error.__cause__, RemoteTraceback)
+    return is_own and isinstance(error, EncodingError)
+
+
+def _is_http(error: BaseException) -> bool:
+    """Whether it is Starlette's HTTPException, made to be an answer."""
+    exceptions = sys.modules.get("starlette.exceptions")
+    return exceptions is not None and isinstance(error, exceptions.HTTPException)
 
 
 def _errors(error: BaseException) -> list[dict[str, Any]]:
@@ -110,8 +163,8 @@ def _errors(error: BaseException) -> list[dict[str, Any]]:
 
 
 def _headers(error: BaseException) -> HeaderList:
-    headers = _attribute(error, "headers")
-    if not isinstance(headers, Mapping) or _attribute(error, "status_code") is None:
+    headers = _attribute(error, "headers") if _is_http(error) else None
+    if not isinstance(headers, Mapping):
         return []
     try:
         fields = [

@@ -28,21 +28,31 @@ class JobState(IntEnum):
 
     WAITING = 0
     """In the waiting room."""
-    GATHERING = 1
+    RESERVED = 1
+    """Has a slot; its arguments are still to come."""
+    GATHERING = 2
     """Has a slot; its batch does not run yet."""
-    RUNNING = 2
+    RUNNING = 3
     """User code may be running."""
-    DONE = 3
+    DONE = 4
     """Its last word is said; of a large answer some octets may still be going out."""
 
 
 class Lane(Protocol):
-    """One caller's share of a replica: its jobs in the waiting room and in slots, and when it was last
-    given a slot (a count, not a time)."""
+    """One caller's share of a replica: its jobs in the waiting room and in slots, when it was last given
+    a slot (a count, not a time), and how many slots it last heard that others hold."""
 
     waiting: deque[Job]
     running: int
     last_turn: int
+    told: int
+
+    @property
+    def outstanding(self) -> int:
+        """Slots that its caller counts as its own: held, or asked for."""
+
+    def tell(self) -> None:
+        """Let the caller know how many slots others hold now."""
 
 
 class WaitingRoom:
@@ -182,6 +192,18 @@ class Job(ABC):
     def is_sending(self) -> bool:
         """Whether octets of its answer wait for the reader to take those before them."""
         return self.reply.is_sending
+
+    @property
+    def outlives_caller(self) -> bool:
+        """Whether it goes on though its caller's link is gone: somebody else waits for the result."""
+        return False
+
+    brings_arguments_later = False
+    """Whether it only holds its slot when it gets one, and runs when its arguments are there."""
+
+    def hold(self) -> None:
+        """It has a slot now; for one that brings its arguments later."""
+        raise NotImplementedError
 
     def queued(self) -> None:
         """It is in the waiting room: not executed yet."""

@@ -1,8 +1,7 @@
 """A replica: one running copy of a backend. A plain class: no Ray, no sockets.
 
-Hot path: `admit`, one task, `_release` once per request. Admission has its one owner here: at most
-`max_ongoing_requests` run, whoever sends them, and a short waiting room is served round robin over
-the callers.
+Hot path: `begin` and one task per request. Who may begin is `admission`'s: at most
+`max_ongoing_requests` run, whoever sends them.
 """
 
 from __future__ import annotations
@@ -12,17 +11,17 @@ import contextvars
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from serveit.context import Context, Resolver, enter
 from serveit.declare.encoding import is_stream
 from serveit.exceptions import DeadlineExceeded, Draining, ServeitError
 from serveit.observe import NullObserver, Observer
-from serveit.running.batching import Batcher, batch_outcomes, failed_outcomes
+from serveit.running.admission import Admission
+from serveit.running.batches import Batches
 from serveit.running.failures import Cancelled
 from serveit.running.instance import Instance
-from serveit.running.job import BatchRun, Job, JobState, Lane, WaitingRoom, latest_deadline
+from serveit.running.job import Job, JobState
 
 if TYPE_CHECKING:
     from serveit.config import BackendConfig
@@ -33,6 +32,9 @@ logger = logging.getLogger("serveit.replica")
 
 END_S, CLEAN_UP_S = 1.0, 5.0
 """What `aclose` gives cancelled requests to end, and then the user's clean-up."""
+
+MAX_UNREAD = 64 * 1024 * 1024
+"""While so many octets of large answers wait for their readers, further ones keep their slots."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,9 @@ class ReplicaStatistics:
 class Replica:
     """Constructs the backend and runs its requests.
 
-    All mutable state: `_running` (jobs that hold a slot), `_waiting` (jobs in the waiting room),
-    `_sending` (jobs that are done, but for what their readers have not taken yet), `_batchers` (by
-    method), `_draining`. It belongs to the event loop that `start` ran in.
+    All mutable state: `admission` (its slots, and who waits for one), `_sending` (jobs that are done, but
+    for what their readers have not taken yet) and `_unread` (the octets of these answers). It belongs to
+    the event loop that `start` ran in.
     """
 
     def __init__(
@@ -80,30 +82,30 @@ class Replica:
         self.config: BackendConfig = backend.config
         self.clock = clock
         self.instance = Instance(backend)
-        self._observer = observer or NullObserver()
+        self.observer = observer or NullObserver()
         self._resolver = resolver
         self._on_exit = on_exit
         self._context = Context(app, backend.name, id)
-        self._variables = contextvars.copy_context()
+        self.variables = contextvars.copy_context()
         """Every request starts in a copy of these: what one sets, no other sees."""
-        self._batchers: dict[str, Batcher[Job]] = {}
-        self.limit = 1
-        """Requests that run at once; known once started."""
-        self._running: set[Job] = set()
-        self._waiting = WaitingRoom()
-        self._undecided: dict[Job, None] = {}
+        self._batches = Batches(self)
+        self.admission = admission = Admission(self)
+        self.admit, self._release, self._running = admission.admit, admission.release, admission.running
         self._sending: set[Job] = set()
-        self._draining = False
+        self._unread = 0
         self._idle = asyncio.Event()
         self._idle.set()
 
     def __repr__(self) -> str:
-        state = f"{'draining ' if self._draining else ''}running={len(self._running)}/{self.limit}"
-        return f"<Replica {self.id} {state} waiting={len(self._waiting)}>"
+        admission = self.admission
+        state = f"{'draining ' if admission.closed else ''}running={len(self._running)}/{admission.limit}"
+        return f"<Replica {self.id} {state} waiting={len(admission.waiting)}>"
 
     def statistics(self) -> ReplicaStatistics:
-        gathering = sum(batcher.statistics().gathering for batcher in self._batchers.values())
-        return ReplicaStatistics(len(self._running), len(self._waiting), gathering, self._draining)
+        admission = self.admission
+        return ReplicaStatistics(
+            len(self._running), len(admission.waiting), self._batches.gathering, admission.closed
+        )
 
     # -- life --------------------------------------------------------------------------------
 
@@ -113,11 +115,11 @@ class Replica:
         Raises:
             Exception: whatever the user's code raised.
         """
-        self._variables = contextvars.copy_context()
-        self._variables.run(enter, self._context, self._resolver)
-        await self._spawn(self.instance.start(), self._variables)
-        self.limit = self.config.ongoing_limit(is_async=self.backend.is_async)
-        self._observer.replica_event(self.backend.name, self.id, "started")
+        self.variables = contextvars.copy_context()
+        self.variables.run(enter, self._context, self._resolver)
+        await self._spawn(self.instance.start(), self.variables)
+        self.admission.limit = self.config.ongoing_limit(is_async=self.backend.is_async)
+        self.observer.replica_event(self.backend.name, self.id, "started")
 
     async def reconfigure(self, user_config: Any) -> None:
         """Hand a new `user_config` to the user's object. Raises what its `reconfigure` raises."""
@@ -126,6 +128,24 @@ class Replica:
     async def check_health(self) -> None:
         """Raises what the user's `check_health`, if there is one, raises: unhealthy."""
         await self._spawn(self.instance.check_health())
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing runs or waits here, and no answer is still going out."""
+        return self._idle.is_set() and not self.admission.waiting
+
+    async def idle(self, timeout_s: float) -> bool:
+        """Wait until it is idle, with open doors: what runs elsewhere may need it to come to its end.
+
+        Whoever stops several replicas waits for all of them like this before the first one drains.
+
+        Args:
+            timeout_s: how long.
+
+        Returns:
+            Whether it was idle in time; it may have got something new since.
+        """
+        return await self._within(timeout_s, self._idle.wait())
 
     async def drain(self, timeout_s: float | None = None) -> bool:
         """Take nothing new, wait for what runs and for answers that are still going out.
@@ -137,7 +157,7 @@ class Replica:
             Whether all of it ended in time.
         """
         self._close_doors()
-        self._observer.replica_event(self.backend.name, self.id, "draining")
+        self.observer.replica_event(self.backend.name, self.id, "draining")
         limit_s = self.config.graceful_shutdown_timeout_s if timeout_s is None else timeout_s
         return await self._within(limit_s, self._idle.wait())
 
@@ -155,14 +175,11 @@ class Replica:
         if not await self._within(CLEAN_UP_S, self.instance.aclose()):
             logger.warning("%r: the clean-up of the backend's object does not end", self)
         self.instance.end_threads()
-        self._observer.replica_event(self.backend.name, self.id, "stopped")
+        self.observer.replica_event(self.backend.name, self.id, "stopped")
 
     def _close_doors(self) -> None:
-        self._draining = True
-        while self._waiting:
-            self._refuse(self._waiting.pop(), "draining")
-        for batcher in self._batchers.values():
-            batcher.hurry()
+        self.admission.close()
+        self._batches.hurry()
 
     async def _within(self, limit_s: float, coroutine: Coroutine[Any, Any, Any]) -> bool:
         """Whether it ended in time, by the replica's clock; if not, it is cancelled and left alone."""
@@ -177,74 +194,40 @@ class Replica:
             timer.cancel()
             task.cancel()
 
-    # -- admission ---------------------------------------------------------------------------
-
-    def admit(self, job: Job) -> None:
-        """Run the job, let it wait, or refuse it; decided at once."""
-        job.admitted_at = self.clock.time()
-        if self._draining:
-            self._refuse(job, "draining")
-            return
-        free = self.limit - len(self._running)
-        if free > 0 and not self._waiting and not self._waiting.is_contested(job.lane, self.limit):
-            self._observer.admitted(self.backend.name, self.id)
-            self._begin(job)
-        elif len(job.lane.waiting) < self.config.prefetch + max(free, 0):
-            self._observer.admitted(self.backend.name, self.id)
-            self._waiting.add(job)
-            if free > 0:
-                self._decide_later(job)
-            else:
-                self._waiting.note_crowd(self.limit)
-                job.queued()
-        else:
-            self._waiting.note_crowd(self.limit)
-            self._refuse(job, "full")
-
-    def _decide_later(self, job: Job) -> None:
-        """A free slot goes by turns to who has asked by the end of this tick: where several jobs end in
-        one tick, the first caller to hear of it would get all of their slots."""
-        if not self._undecided:
-            asyncio.get_running_loop().call_soon(self._decide)
-        self._undecided[job] = None
-
-    def _decide(self) -> None:
-        self._fill()
-        undecided, self._undecided = self._undecided, {}
-        for job in undecided:
-            if job.state == JobState.WAITING:
-                self._waiting.note_crowd(self.limit)
-                job.queued()
-
-    def others(self, lane: Lane) -> int:
-        """Slots that everybody else holds; travels back on every answer."""
-        return len(self._running) - lane.running
+    # -- jobs --------------------------------------------------------------------------------
 
     def cancel(self, job: Job) -> None:
         """Its caller gave up. A `def` function cannot be stopped: it keeps its slot until it returns."""
-        if job.given_up is None:
+        if job.given_up is None and not job.outlives_caller:
             self._give_up(job, Cancelled("cancelled by its caller"))
+
+    def abandon(self, job: Job) -> None:
+        """Whoever waits for its result gave up."""
+        if job.given_up is None and not job.is_done:
+            self._give_up(job, Cancelled("cancelled by its caller"))
+
+    def lapse(self, job: Job) -> None:
+        """A slot was held until its deadline and nobody took it up."""
+        self._give_up(job, DeadlineExceeded("the deadline passed before the task came", executed="no"))
 
     def sent(self, job: Job) -> None:
         """The last of its answer is on its way: its listener tells."""
-        self._sending.discard(job)
+        if job in self._sending:
+            self._sending.remove(job)
+            self._unread -= job.reply.unread
+            self._release(job)
         self._check_idle()
-
-    def _refuse(self, job: Job, reason: str) -> None:
-        job.state = JobState.DONE
-        self._observer.refused(self.backend.name, self.id, reason)
-        job.refuse(reason)
 
     def _give_up(self, job: Job, error: ServeitError) -> None:
         """End the job as far as that is possible, wherever it is."""
         job.given_up = error
         job.abort(error)
         if job.state == JobState.WAITING:
-            self._waiting.remove(job)
+            self.admission.waiting.remove(job)
         elif job.state == JobState.GATHERING:
-            self._batchers[job.target].discard(job)
+            self._batches.discard(job)
         if job.state != JobState.RUNNING:
-            self._end(job, error)
+            self.end(job, error)
         elif job.batch is not None:
             job.batch.wanted -= 1
             if not job.batch.wanted and job.batch.task is not None:
@@ -252,56 +235,68 @@ class Replica:
         elif job.entered and job.task is not None:
             job.task.cancel()
 
-    def _begin(self, job: Job) -> None:
+    def begin(self, job: Job) -> None:
         """Give the job a slot; one that is wrong from the start needs none."""
+        try:
+            method, function = self.instance.method(job.target)
+            if method.is_batch and not job.brings_arguments_later:
+                (job.item,), _ = job.arguments(method)
+        except BaseException as error:
+            self.end(job, error)
+            self.check_exit(error)
+            return
+        self.admission.take(job)
+        self._idle.clear()
+        if job.brings_arguments_later:
+            job.state = JobState.RESERVED
+            job.hold()
+        else:
+            self._launch(job, method, function)
+
+    def claim(self, job: Job) -> None:
+        """The arguments of a job that has held its slot are there: run it."""
         try:
             method, function = self.instance.method(job.target)
             if method.is_batch:
                 (job.item,), _ = job.arguments(method)
         except BaseException as error:
-            self._end(job, error)
-            self._check_exit(error)
+            self.end(job, error)
+            self.check_exit(error)
             return
-        self._running.add(job)
-        job.lane.running += 1
-        self._waiting.take_turn(job.lane)
-        self._idle.clear()
+        self._launch(job, method, function)
+
+    def _launch(self, job: Job, method: Method, function: Callable[..., Any]) -> None:
         if method.is_batch:
             job.state = JobState.GATHERING
-            self._batcher(method, function).put(job)
+            self._batches.put(job, method, function)
         else:
             job.state = JobState.RUNNING
             job.task = self._spawn(self._run(job, method, function))
 
-    def _release(self, job: Job) -> None:
-        """Give its slot, if it has one, to the next. Before it is answered: what the answer says of the
-        replica's load is then true."""
-        if job not in self._running:
-            return
-        self._running.remove(job)
-        job.lane.running -= 1
-        self._fill()
+    def free(self, job: Job) -> None:
+        """Give its slot to the next: its answer is there whole. Not while too much waits to be read: then
+        the slot is kept until the answer has been, or the memory for answers would have no bound."""
+        if self._unread < MAX_UNREAD:
+            self._release(job)
 
-    def _fill(self) -> None:
-        """Give free slots to who waits."""
-        while self._waiting and len(self._running) < self.limit:
-            following = self._waiting.pop()
-            if late := self._late(following, "in the waiting room"):
-                self._end(following, late)
-                continue
-            if following not in self._undecided:  # and so was told that it is queued
-                following.started()
-            self._begin(following)
+    def is_free(self, job: Job) -> bool:
+        """Whether it has no slot any more, or gives it up as soon as its code is through."""
+        return job not in self._running or self._unread < MAX_UNREAD
 
-    def _end(self, job: Job, error: BaseException) -> None:
+    def end(self, job: Job, error: BaseException) -> None:
+        """The job has failed."""
         self._release(job)
         job.fail(error)
-        self._done(job)
+        self.done(job)
 
-    def _done(self, job: Job) -> None:
+    def done(self, job: Job) -> None:
+        """The job's last word is said; some of it may still have to wait for the reader."""
         job.state = JobState.DONE
         if job.is_sending:
             self._sending.add(job)
+            self._unread += job.reply.unread
+        if job in self._running and not job.reply.keeps_slot:
+            self._release(job)
         self._check_idle()
 
     def _check_idle(self) -> None:
@@ -313,12 +308,12 @@ class Replica:
     async def _run(self, job: Job, method: Method, function: Callable[..., Any]) -> None:
         job.entered = True
         begun = self.clock.time()
-        self._observer.started(self.backend.name, self.id, begun - job.admitted_at)
+        self.observer.started(self.backend.name, self.id, begun - job.admitted_at)
         error: BaseException | None = None
         try:
             job.check_wanted()
             enter(self._context.of_request(job.request_id, job.deadline), self._resolver)
-            if late := self._late(job, "before the function was called"):
+            if late := self.late(job, "before the function was called"):
                 raise late
             args, kwargs = job.arguments(method)
             job.in_user_code = True
@@ -327,17 +322,17 @@ class Replica:
             if is_stream(value):
                 await self._stream(job, value)
             elif job.is_whole(value):
-                self._release(job)
+                if self._unread < MAX_UNREAD:  # else see `free`
+                    self._release(job)
                 job.answer(value)
             else:
                 await job.deliver(value)
-            self._release(job)
-            self._done(job)
+            self.done(job)
         except BaseException as raised:
             error = raised
-            self._end(job, job.given_up or error)
-        self._observer.finished(self.backend.name, self.id, self.clock.time() - begun, job.given_up or error)
-        self._check_exit(error)
+            self.end(job, job.given_up or error)
+        self.observer.finished(self.backend.name, self.id, self.clock.time() - begun, job.given_up or error)
+        self.check_exit(error)
 
     async def _stream(self, job: Job, items: Any) -> None:
         steps = items if isinstance(items, AsyncIterator) else self.instance.iterate(items)
@@ -348,80 +343,27 @@ class Replica:
             if close is not None:
                 await close()
 
-    # -- batches -----------------------------------------------------------------------------
-
-    def _batcher(self, method: Method, function: Callable[..., Any]) -> Batcher[Job]:
-        batcher = self._batchers.get(method.name)
-        if batcher is None:
-            config = self.config
-            batcher = self._batchers[method.name] = Batcher(
-                partial(self._run_batch, method, function),
-                max_size=config.max_batch_size or 1,
-                wait_s=config.batch_wait_timeout_s,
-                max_concurrent=config.max_concurrent_batches,
-                clock=self.clock,
-                wanted=self._still_wanted,
-                context=self._variables,
-            )
-        return batcher
-
-    def _still_wanted(self, job: Job) -> bool:
-        if late := self._late(job, "before its batch ran"):
-            self._end(job, late)
-        return not late
-
-    async def _run_batch(self, method: Method, function: Callable[..., Any], jobs: list[Job]) -> None:
-        jobs = [job for job in jobs if not job.is_done]  # the rest was cancelled before this first step
-        if not jobs:
-            return
-        begun = self.clock.time()
-        batch = BatchRun(asyncio.current_task(), len(jobs))
-        for job in jobs:
-            job.state, job.batch, job.in_user_code = JobState.RUNNING, batch, True
-            self._observer.started(self.backend.name, self.id, begun - job.admitted_at)
-        self._observer.batch(self.backend.name, self.id, len(jobs))
-        enter(self._context.of_request(jobs[0].request_id, latest_deadline(jobs)), self._resolver)
-        error: BaseException | None = None
-        try:
-            value = await self.instance.call(method, function, ([job.item for job in jobs],), {})
-            outcomes = batch_outcomes(value, len(jobs), self.backend.name)
-        except BaseException as raised:
-            error = raised
-            outcomes = failed_outcomes(raised, len(jobs), self.backend.name)
-        ran_s = self.clock.time() - begun
-        for job, outcome in zip(jobs, outcomes, strict=True):
-            self._finish_item(job, outcome, ran_s)
-        self._check_exit(error)
-
-    def _finish_item(self, job: Job, outcome: Any, ran_s: float) -> None:
-        error = job.given_up or (outcome if isinstance(outcome, BaseException) else None)
-        if error is None:
-            try:
-                self._release(job)
-                job.answer_item(outcome)
-                self._done(job)
-            except Exception as raised:
-                error = raised
-        if error is not None:
-            self._end(job, error)
-        self._observer.finished(self.backend.name, self.id, ran_s, error)
-
     # -- small things ------------------------------------------------------------------------
 
     def _spawn(
         self, coroutine: Coroutine[Any, Any, None], context: contextvars.Context | None = None
     ) -> asyncio.Task[None]:
         """A task that starts with the replica's variables, whoever's code this runs in."""
-        context = context or self._variables.copy()
+        context = context or self.variables.copy()
         return asyncio.get_running_loop().create_task(coroutine, context=context)
 
-    def _late(self, job: Job, where: str) -> DeadlineExceeded | None:
+    def enter(self, request_id: str, deadline: float | None) -> None:
+        """The running task's code runs for this request from here on."""
+        enter(self._context.of_request(request_id, deadline), self._resolver)
+
+    def late(self, job: Job, where: str) -> DeadlineExceeded | None:
         """The error for a job whose deadline has passed."""
         if job.deadline is None or self.clock.time() < job.deadline:
             return None
         return DeadlineExceeded(f"the deadline passed {where}", executed="no")
 
-    def _check_exit(self, error: BaseException | None) -> None:
+    def check_exit(self, error: BaseException | None) -> None:
+        """User code asked for the end of the process: whoever runs the replica hears of it."""
         if not isinstance(error, (SystemExit, KeyboardInterrupt)):
             return
         logger.critical("user code of backend %r raised %r", self.backend.name, error)

@@ -17,6 +17,7 @@ from serveit.wire.frames import (
     Load,
     Message,
     Refusal,
+    Reserved,
     encode_message,
 )
 from serveit.wire.streams import Outflow
@@ -32,6 +33,9 @@ class ReplyOwner(Protocol):
 
     def others(self) -> int: ...
 
+    def is_free(self, reply: Reply) -> bool:
+        """Whether the slot of a large answer that is about to go out is free for others already."""
+
     def reply_ended(self, reply: Reply) -> None:
         """The last frame of the stream has been handed to the link."""
 
@@ -39,12 +43,25 @@ class ReplyOwner(Protocol):
 class Reply:
     """Ends its stream with exactly one of: an ANSWER or DATA with END, ERROR, REFUSED.
 
+    DATA follow an ANSWER without END, or the RESERVED of a slot.
+
     All mutable state: `outflow` (the body after the head, once begun), `ended` (the last frame has
-    been handed to the link), `_complete` (the body is all here, though some may have to wait for
-    credit), `_aborted` (nobody reads on).
+    been handed to the link), `unread` (octets of a large whole answer), `_freed` (its slot was free
+    before it was sent), `_complete` (the body is all here, though some may have to wait for credit),
+    `_aborted` (nobody reads on).
     """
 
-    __slots__ = ("_aborted", "_complete", "_owner", "ended", "link", "outflow", "stream")
+    __slots__ = (
+        "_aborted",
+        "_complete",
+        "_freed",
+        "_owner",
+        "ended",
+        "link",
+        "outflow",
+        "stream",
+        "unread",
+    )
 
     def __init__(self, owner: ReplyOwner, link: Link, stream: int) -> None:
         self._owner = owner
@@ -52,6 +69,8 @@ class Reply:
         self.stream = stream
         self.outflow: Outflow | None = None
         self.ended = False
+        self.unread = 0
+        self._freed = False
         self._complete = False
         self._aborted: BaseException | None = None
 
@@ -59,6 +78,11 @@ class Reply:
     def is_sending(self) -> bool:
         """Whether a body has begun to go out and has not all gone."""
         return self.outflow is not None and not self.ended
+
+    @property
+    def keeps_slot(self) -> bool:
+        """Whether the slot is to be kept until the answer has been read."""
+        return self.unread > 0 and not (self._freed or self.ended)
 
     def others(self) -> int:
         """The load that every frame back carries."""
@@ -77,7 +101,8 @@ class Reply:
         self._end()
 
     def whole(self, message: Message, buffers: Sequence[Buffer], size: int) -> None:
-        """An answer whose body is all here. If it is large the slot is free before it is sent.
+        """An answer whose body is all here. If it is large the slot is free before it is sent, unless too
+        much waits for readers already.
 
         Raises:
             ProtocolError: what goes before the body does not fit a frame; nothing was sent.
@@ -90,7 +115,9 @@ class Reply:
             self.link.send(FrameType.ANSWER, self.stream, meta, body, END)
             self._end()
             return
-        self.link.send(FrameType.ANSWER, self.stream, meta, b"", FREED)
+        self._freed = self._owner.is_free(self)
+        self.link.send(FrameType.ANSWER, self.stream, meta, b"", FREED if self._freed else 0)
+        self.unread = size
         self.outflow = Outflow(self.link, self.stream)
         self._last(buffers)
 
@@ -98,6 +125,11 @@ class Reply:
         """The head of an answer whose body is still being made. Raises as `whole` does."""
         self._check_wanted()
         self.link.send(FrameType.ANSWER, self.stream, encode_message(message), b"", flags)
+        self.outflow = Outflow(self.link, self.stream)
+
+    def reserved(self) -> None:
+        """The slot is held; `finish` tells that it is free again."""
+        self.link.send(FrameType.RESERVED, self.stream, encode_message(Reserved(self.others())))
         self.outflow = Outflow(self.link, self.stream)
 
     async def push(self, buffers: Sequence[Buffer], *, item: bool = False) -> None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 
-from serveit.web.head import Unsendable, are_sendable, request_id_of
+from serveit.declare.conversion import shorten
+from serveit.web.head import MAX_DIGITS, Unsendable, are_sendable, request_id_of
 from serveit.web.problems import WITHOUT_BODY, problem, send_problem
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class Cycle(RequestResponseCycle):
         head, self._held = self._held, None
         if self.disconnected:
             return
+        _check_length(head["headers"])
         if self.scope["http_version"] == "1.0" and not _has_length(head["headers"]):
             self._ends_with_connection = True
             self.chunked_encoding = False
@@ -112,6 +114,14 @@ def _checked(start: Any) -> Any:
     if not 200 <= start["status"] <= 599 or not are_sendable(headers):
         raise Unsendable("the answer has a status or a header field that HTTP does not have")
     return start
+
+
+def _check_length(headers: HeaderList) -> None:
+    """Not in `_checked`: `_finish` sends only what has the length of its body."""
+    said = {value for name, value in headers if name.lower() == b"content-length"}
+    if len(said) > 1 or not all(value.isdigit() and len(value) <= MAX_DIGITS for value in said):
+        shown = b", ".join(sorted(said)).decode("latin-1")
+        raise Unsendable(f"the answer's content-length is {shorten(shown, 40)!r}: it must be one number")
 
 
 def _has_length(headers: HeaderList) -> bool:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from serveit.types import HeaderList
 
 MAX_REQUEST_ID = 128
+MAX_TIMEOUT_S = 24 * 3600.0
+"""What a client can ask for at most; not for the backend's own `request_timeout_s`."""
 REQUEST_ID = b"x-request-id"
 
 _WANTED = frozenset(
@@ -27,7 +29,7 @@ _WANTED = frozenset(
         b"expect",
     }
 )
-_MAX_DIGITS = 19
+MAX_DIGITS = 19
 _NOT_IN_NAMES = re.compile(rb"[^!#$%&'*+\-.^_`|~0-9A-Za-z]")
 _NOT_IN_VALUES = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 _MAX_SEEN = 256
@@ -78,13 +80,13 @@ class Head:
         if shard_key is not None:
             self.shard_key = shard_key.decode("latin-1")
         length = wanted.get(b"content-length")
-        if length is not None and length.isdigit() and len(length) <= _MAX_DIGITS:
+        if length is not None and length.isdigit() and len(length) <= MAX_DIGITS:
             self.content_length = int(length)
         self.has_body = b"transfer-encoding" in wanted or (length is not None and self.content_length != 0)
 
     @property
     def timeout_s(self) -> float | None:
-        """How long the client is willing to wait.
+        """How long the client is willing to wait, a day at most.
 
         Raises:
             InvalidRequest: `x-request-timeout-ms` is no number of milliseconds.
@@ -95,7 +97,7 @@ class Head:
         if not value.isdigit() or len(value) > 10 or int(value) == 0:
             message = "x-request-timeout-ms must be a whole number of milliseconds > 0"
             raise InvalidRequest(message, [{"loc": ["header", "x-request-timeout-ms"], "msg": message}])
-        return int(value) / 1000
+        return min(int(value) / 1000, MAX_TIMEOUT_S)
 
 
 def read_head(headers: HeaderList) -> Head:

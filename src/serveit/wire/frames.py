@@ -72,8 +72,6 @@ FREED = 4
 """ANSWER: user code is done and its slot free, though the body is still to follow."""
 STREAM = 8
 """ANSWER: the body is a sequence of items, one pickle each."""
-PONG = 16
-"""PING: this is the reply."""
 
 
 class Frame(msgspec.Struct, gc=False, frozen=True):
@@ -120,6 +118,22 @@ class Call(Message):
     target: str
     sizes: list[Size]
     deadline_ms: int | None = None
+    extra: dict[str, Any] = {}
+
+
+class Reserve(Message):
+    """RESERVE: a slot for a call whose arguments an actor task will bring, under this request id."""
+
+    request_id: str
+    target: str
+    deadline_ms: int | None = None
+    extra: dict[str, Any] = {}
+
+
+class Reserved(Message):
+    """RESERVED: the slot is held. An empty DATA with END follows when the task has ended."""
+
+    others: int
     extra: dict[str, Any] = {}
 
 
@@ -188,7 +202,19 @@ encode_message = _encoder.encode
 
 _decoders: dict[type[Any], msgspec.msgpack.Decoder[Any]] = {
     kind: msgspec.msgpack.Decoder(kind)
-    for kind in (Hello, Request, Call, Load, HttpAnswer, CallAnswer, Failure, Refusal, Credit)
+    for kind in (
+        Hello,
+        Request,
+        Call,
+        Reserve,
+        Reserved,
+        Load,
+        HttpAnswer,
+        CallAnswer,
+        Failure,
+        Refusal,
+        Credit,
+    )
 }
 
 

@@ -36,6 +36,10 @@ class Link(Protocol):
     closed: bool
     """This end was closed or lost: nothing is sent any more, and no frame handed over."""
 
+    stale: bool
+    """Nothing was heard from the other end for several heartbeats: it hangs or cannot be reached. Turns
+    False again, before the frame is handed over, when something comes after all."""
+
     def send(self, kind: int, stream: int, meta: bytes = b"", body: Buffer = b"", flags: int = 0) -> None:
         """Queue a frame; all frames of one loop tick go out in one write. Silent once closed.
 

@@ -20,6 +20,7 @@ class MemoryLink:
 
     def __init__(self) -> None:
         self.closed = False
+        self.stale = False  # both ends hang together or not at all
         self.receiver: Receiver | None = None
         self._peer: MemoryLink
         self._outbox: list[bytes] = []

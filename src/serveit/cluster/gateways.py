@@ -1,0 +1,269 @@
+"""How handles reach an instance from anywhere: a driver, a replica, a Ray task that got one pickled.
+
+Each event loop that uses handles has one `Entrance`: a watch, and a gateway per app. It is opened at
+the first use. Threads without a loop use the portal of their process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import threading
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import anyio
+import msgspec
+import ray
+from anyio.from_thread import BlockingPortal
+
+from serveit.calling.gateway import Gateway, open_portal
+from serveit.calling.handle import Handle, HandleOptions
+from serveit.cluster.orders import CONTROLLER, NAMESPACE, Joined
+from serveit.cluster.refs import RayTasks
+from serveit.cluster.watch import Watch
+from serveit.config import HANDLE_QUEUE, did_you_mean
+from serveit.exceptions import NotServing
+
+if TYPE_CHECKING:
+    from serveit.declare.app import App
+
+CONTROL_S = 5.0
+"""What the controller gets to answer."""
+
+
+class Entrance:
+    """A way from one event loop into the instance of this process's Ray.
+
+    All mutable state: `_gateways` (by app), `_closed`, and what `open` makes.
+    """
+
+    def __init__(self, role: str, portal: BlockingPortal | None = None) -> None:
+        self._role = role
+        self._portal = portal
+        self._loop = asyncio.get_running_loop()
+        self._gateways: dict[str, ClusterGateway] = {}
+        self._closed = False
+        self.watch: Watch
+
+    async def open(self) -> None:
+        """Join the instance. Raises NotServing where there is none."""
+        controller = await asyncio.to_thread(find_controller)
+        joined = msgspec.msgpack.decode(await answer(controller.join.remote()), type=Joined)
+        self.watch = Watch(
+            controller,
+            member=f"{self._role}-{os.getpid()}-{secrets.token_hex(4)}",
+            role=self._role,
+            secret=joined.secret,
+            default_queue=HANDLE_QUEUE,
+        )
+        await self.watch.open()
+
+    def gateway(self, app: str) -> ClusterGateway:
+        """The way to one app. Raises NotServing if it does not run, or this has been closed."""
+        if self._closed:
+            raise NotServing(f"the client of app {app!r} has been shut down")
+        gateway = self._gateways.get(app)
+        if gateway is not None and not gateway.closed:
+            return gateway
+        if app not in self.watch.directories:
+            known = sorted(self.watch.directories)
+            raise NotServing(f"there is no running app {app!r}: {did_you_mean(app, known)}")
+        gateway = self._gateways[app] = ClusterGateway(self, app, self._loop, self._portal)
+        return gateway
+
+    async def aclose(self) -> None:
+        self._closed = True
+        await self.watch.aclose()
+
+
+# One per event loop, for handles that belong to no client; never closed but with its loop or replica.
+_entrances: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Future[Entrance]] = WeakKeyDictionary()
+
+
+async def enter(role: str = "driver", portal: BlockingPortal | None = None) -> Entrance:
+    """The running event loop's entrance, opened if it has none; whoever comes meanwhile waits for it."""
+    loop = asyncio.get_running_loop()
+    opened = _entrances.get(loop)
+    if opened is None:
+        opened = _entrances[loop] = loop.create_future()
+        entrance = Entrance(role, portal)
+        try:
+            await entrance.open()
+        except BaseException as error:
+            del _entrances[loop]
+            opened.set_exception(error if isinstance(error, Exception) else NotServing("given up"))
+            opened.exception()  # counts as seen
+            raise
+        opened.set_result(entrance)
+    return await asyncio.shield(opened)
+
+
+class Elsewhere(Gateway):
+    """A gateway that has not been entered: each event loop finds its own behind it."""
+
+    def __init__(self, app: str, role: str = "driver", portal: BlockingPortal | None = None) -> None:
+        self.app = app
+        self.tasks = None
+        self._role = role
+        self._portal = portal
+
+    @property
+    def closed(self) -> bool:
+        return False
+
+    @property
+    def portal(self) -> BlockingPortal:  # type: ignore[override]
+        return self._portal or process_portal()
+
+    def is_here(self) -> bool:
+        return False
+
+    async def enter(self, who: object) -> Gateway:
+        return (await enter(self._role, self._portal)).gateway(self.app)
+
+    def reduce(self, name: str, options: HandleOptions, *, sync: bool) -> tuple[Any, ...]:
+        return reduce_handle(self.app, name, options, sync)
+
+
+class ClusterGateway(Elsewhere):
+    """The way of one event loop to one app of the instance."""
+
+    def __init__(
+        self, entrance: Entrance, app: str, loop: asyncio.AbstractEventLoop, portal: BlockingPortal | None
+    ) -> None:
+        super().__init__(app, portal=portal)
+        self._entrance = entrance
+        self.directory = entrance.watch.directories[app]
+        self.loop = loop
+        self.tasks = RayTasks(app)
+
+    @property
+    def closed(self) -> bool:
+        return self.directory.closed
+
+    def is_here(self) -> bool:
+        return asyncio.get_running_loop() is self.loop and not self.directory.closed
+
+    async def enter(self, who: object) -> Gateway:
+        if asyncio.get_running_loop() is self.loop:
+            return self._entrance.gateway(self.app)  # the app is another by now, or none
+        return await super().enter(who)
+
+
+class Resolver:
+    """Where the code of a replica finds handles: its own app's, by the names that the app has."""
+
+    def __init__(self, app: App, name: str, role: str) -> None:
+        self.app = app
+        self._name = name
+        self._role = role
+        self._exit = contextlib.AsyncExitStack()
+        self._portal: BlockingPortal | None = None
+        self._loop = asyncio.get_running_loop()
+
+    async def open(self) -> None:
+        """Make the way in for the threads of `def` functions."""
+        self._portal = await open_portal(self._exit)
+
+    def get_handle(self, name: str, *, sync: bool = False) -> Any:
+        known = [*self.app.backends, *(route.name for route in self.app.routes)]
+        if name not in known:
+            raise KeyError(
+                f"app {self._name!r} has no backend or endpoint {name!r}: {did_you_mean(name, known)}"
+            )
+        handle: Handle[..., Any] = Handle(Elsewhere(self._name, self._role, self._portal), name)
+        return handle.sync if sync else handle
+
+    async def aclose(self) -> None:
+        if self._loop in _entrances:
+            await (await enter()).aclose()
+        await self._exit.aclose()
+
+
+def reduce_handle(app: str, name: str, options: HandleOptions, sync: bool) -> tuple[Any, ...]:
+    """A handle's pickle: where its cluster, app and name are. It connects at its first use."""
+    return open_handle, (ray.get_runtime_context().gcs_address, app, name, options, sync)
+
+
+def open_handle(address: str, app: str, name: str, options: HandleOptions, sync: bool) -> Any:
+    """A handle again, in whatever process its pickle is read."""
+    handle: Handle[..., Any] = Handle(_At(address, app), name, options)
+    return handle.sync if sync else handle
+
+
+class _At(Elsewhere):
+    """Elsewhere, in the cluster at an address."""
+
+    def __init__(self, address: str, app: str) -> None:
+        super().__init__(app)
+        self._address = address
+
+    async def enter(self, who: object) -> Gateway:
+        if not ray.is_initialized():
+            await asyncio.to_thread(ray.init, address=self._address, log_to_driver=False)
+        elif (here := ray.get_runtime_context().gcs_address) != self._address:
+            raise NotServing(
+                f"{who!r} belongs to the Ray cluster at {self._address}; this process is connected to {here}"
+            )
+        return await super().enter(who)
+
+
+def find_controller() -> Any:
+    """The controller of the instance in this process's Ray.
+
+    Raises:
+        NotServing: there is none.
+    """
+    if not ray.is_initialized():
+        raise NotServing("this process is not connected to Ray: ray.init(address=...) comes first")
+    try:
+        return ray.get_actor(CONTROLLER, namespace=NAMESPACE)
+    except ValueError:
+        raise NotServing(
+            "no serveit instance runs in this Ray cluster: start an app with `serveit run module:app`, "
+            "or `async with serveit.serve(app)`"
+        ) from None
+
+
+async def answer(ref: Any, timeout_s: float | None = CONTROL_S) -> Any:
+    """What the controller answers.
+
+    Raises:
+        NotServing: it is gone, or says nothing for so long.
+        Exception: what it refuses the request with.
+    """
+    try:
+        return await asyncio.wait_for(ref, timeout_s)
+    except TimeoutError:
+        raise NotServing(f"the controller has not answered for {timeout_s:g} s") from None
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    except ray.exceptions.RayActorError as error:
+        raise NotServing(f"the controller is gone: {error}", executed="maybe") from None
+
+
+_process_portal: Future[BlockingPortal] | None = None
+_process_lock = threading.Lock()
+
+
+def process_portal() -> BlockingPortal:
+    """The way to the event loop that serves the threads of this process; a daemon thread runs it."""
+    global _process_portal
+    with _process_lock:
+        if _process_portal is None:
+            opened = _process_portal = Future()
+            threading.Thread(target=_hold_portal, args=(opened,), name="serveit-portal", daemon=True).start()
+    return _process_portal.result()
+
+
+def _hold_portal(opened: Future[BlockingPortal]) -> None:
+    async def hold() -> None:
+        async with BlockingPortal() as portal:
+            opened.set_result(portal)
+            await portal.sleep_until_stopped()
+
+    anyio.run(hold)

@@ -1,0 +1,198 @@
+"""What runs inside the processes of an instance: a replica with its channels, a proxy with its watch.
+
+Plain classes on the event loop that they are made in; `actors` has their Ray shells.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from serveit.clock import LoopClock
+from serveit.cluster.gateways import Resolver
+from serveit.cluster.orders import Place, ProxyOrder, ReplicaOrder, Started, StartFailed, place_text
+from serveit.cluster.session import node_address
+from serveit.cluster.shipping import Shipment, find, unpack
+from serveit.cluster.watch import Watch
+from serveit.config import HTTP_QUEUE, HTTPOptions
+from serveit.context import serving
+from serveit.exceptions import ServeitError
+from serveit.logs import configure
+from serveit.running.failures import failure_of
+from serveit.running.httpjob import Bindings
+from serveit.running.listener import Listener
+from serveit.running.replica import Replica
+from serveit.running.reservation import Reservations
+from serveit.running.watchdog import Watchdog
+from serveit.wire.channel import listen
+from serveit.wire.frames import FrameType, encode_message
+from serveit.wire.pickles import dump_exception
+
+if TYPE_CHECKING:
+    from serveit.control.snapshot import Snapshot
+    from serveit.web.proxy import Proxy
+    from serveit.wire.channel import Channel, Listening
+    from serveit.wire.link import Receiver
+
+logger = logging.getLogger("serveit.replica")
+
+MAX_EXCEPTION = 1024 * 1024
+PROXY_ROLE, REPLICA_ROLE, DRIVER_ROLE = "proxy", "replica", "driver"
+
+
+class ReplicaHost:
+    """One replica and the channels of its callers."""
+
+    def __init__(self, order: ReplicaOrder, node: str) -> None:
+        self._order = order
+        self._node = node
+        self._exit = contextlib.AsyncExitStack()
+        self._doors: list[Listening] = []
+
+    async def start(self) -> Started | StartFailed:
+        """Load the user's code, construct the backend, listen."""
+        order = self._order
+        configure(order.log_level)
+        try:
+            await self._start_replica()
+            place = await self._open_doors()
+        except BaseException as error:  # a SystemExit of user code too: it must not end the event loop
+            return start_failed(error, f"replica {order.id} of app {order.app!r}")
+        settle()
+        return Started(os.getpid(), place_text(place))
+
+    async def _start_replica(self) -> None:
+        order = self._order
+        shipment = msgspec.msgpack.decode(order.code, type=Shipment)
+        app = unpack(shipment)
+        backend = find(app, order.backend, shipment)
+        loop = asyncio.get_running_loop()
+        resolver = Resolver(app, order.app, REPLICA_ROLE)
+        await resolver.open()
+        self._exit.push_async_callback(resolver.aclose)
+        self._exit.enter_context(serving(app, resolver))
+        self.replica = Replica(
+            backend, id=order.id, app=order.app, clock=LoopClock(), resolver=resolver, on_exit=self._leave
+        )
+        self.reservations = Reservations(self.replica)
+        self._bindings = Bindings(backend)
+        self._bindings.prepare()
+        await self.replica.start()
+        watchdog = Watchdog()
+        watchdog.start(loop)
+        self._exit.callback(watchdog.stop)
+
+    async def _open_doors(self) -> Place:
+        order = self._order
+        unix = f"unix:{order.folder}/{order.id.rsplit('#', 1)[-1]}-{os.getpid()}.sock"
+        self._doors.append(await listen(unix, self._accept, role=REPLICA_ROLE))
+        tcp = ""
+        if order.over_tcp:
+            address = f"tcp:{node_address()}:0"
+            door = await listen(address, self._accept, role=REPLICA_ROLE, secret=order.secret)
+            self._doors.append(door)
+            tcp = door.address
+        return Place(self._node, unix, tcp)
+
+    def _accept(self, channel: Channel) -> Receiver:
+        may_call = channel.peer.role != PROXY_ROLE
+        return Listener(
+            self.replica, self._bindings, channel, reservations=self.reservations, may_call=may_call
+        )
+
+    async def idle(self, timeout_s: float) -> None:
+        """Wait until nothing runs, at most so long."""
+        await self.replica.idle(timeout_s)
+
+    async def aclose(self, timeout_s: float) -> None:
+        """Take nothing new, let what runs end, close the user's object and the channels."""
+        self._send_away()
+        await self.replica.drain(timeout_s)
+        await self.replica.aclose()
+        for door in self._doors:
+            await door.aclose()
+        await self._exit.aclose()
+
+    def _send_away(self) -> None:
+        for door in self._doors:
+            for channel in door.channels:
+                channel.send(FrameType.GOAWAY, 0)
+
+    def _leave(self, error: BaseException) -> None:
+        """User code raised SystemExit or KeyboardInterrupt: the process ends, once the answers of this tick
+        are out. Whatever else comes, or waits here, goes elsewhere."""
+        self._send_away()
+        self.replica.admission.close()
+        asyncio.get_running_loop().call_later(0.05, os._exit, 1)
+
+    def status(self) -> dict[str, Any]:
+        statistics = self.replica.statistics()
+        return {"running": statistics.running, "waiting": statistics.waiting, "pid": os.getpid()}
+
+
+class ProxyHost:
+    """One HTTP server, fed by a watch."""
+
+    def __init__(self, order: ProxyOrder, controller: Any) -> None:
+        self._order = order
+        self._controller = controller
+        self._proxy: Proxy | None = None
+        self._watch: Watch | None = None
+
+    async def start(self) -> Started | StartFailed:
+        """Listen, and answer by the snapshots from then on."""
+        from serveit.web.ingress import Ingress
+        from serveit.web.proxy import Proxy
+
+        configure(self._order.log_level)
+        sys.path[:0] = [path for path in self._order.paths if path not in sys.path]
+        try:
+            options = HTTPOptions(**msgspec.json.decode(self._order.options))
+            watch = Watch(
+                self._controller,
+                member=self._order.id,
+                role=PROXY_ROLE,
+                secret=self._order.secret,
+                default_queue=HTTP_QUEUE,
+                on_snapshot=self._updated,
+            )
+            self._ingress = Ingress(options, watch.directories, watch.clock)
+            proxy = Proxy(options, self._ingress)
+            await proxy.start()
+            self._watch, self._proxy = watch, proxy
+            await watch.open()
+        except BaseException as error:
+            return start_failed(error, "the HTTP server")
+        settle()
+        return Started(os.getpid(), proxy.url)
+
+    def _updated(self, snapshot: Snapshot) -> None:
+        self._ingress.update(snapshot)
+
+    async def aclose(self, timeout_s: float) -> None:
+        if self._proxy is not None:
+            self._ingress.ready = False
+            await self._proxy.aclose(timeout_s)
+        if self._watch is not None:
+            await self._watch.aclose()
+
+
+def start_failed(error: BaseException, where: str) -> StartFailed:
+    """What a start raised, as octets: whoever passes it on need not have its classes."""
+    serveits = isinstance(error, ServeitError)
+    failure = failure_of(error, others=0, in_user_code=not serveits)
+    return StartFailed(encode_message(failure), dump_exception(error, MAX_EXCEPTION), where)
+
+
+def settle() -> None:
+    """What is there by now stays: garbage collection leaves it alone, for looking at all of it holds
+    requests up for some 10 ms each time."""
+    gc.collect()
+    gc.freeze()

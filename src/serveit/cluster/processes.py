@@ -1,0 +1,72 @@
+"""What the controller starts, watches and stops: processes, without saying of which kind.
+
+Ray's are in `actors`, tests have fakes. Beside them is what the controller's modules need to wait by
+the clock that they were given.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from serveit.cluster.orders import ProxyOrder, ReplicaOrder, Started, StartFailed
+    from serveit.types import Clock
+
+BACKOFF_S, MAX_BACKOFF_S = 0.5, 30.0
+
+
+class ProcessDied(Exception):
+    """A process is gone without having said why."""
+
+
+class Process(Protocol):
+    """One process of the instance."""
+
+    async def placed(self) -> None:
+        """Wait until it exists: the cluster has found a place for it. Raises ProcessDied."""
+
+    async def start(self) -> Started | StartFailed:
+        """Order it to become what it is for. Raises ProcessDied."""
+
+    async def status(self) -> dict[str, Any]:
+        """What it is doing; empty if it does not say."""
+
+    async def death(self) -> str:
+        """Wait for its end; the text says how it came."""
+
+    async def stop(self, drain_s: float) -> None:
+        """Let it end what it runs, at most so long, then end it; returns when it is gone."""
+
+    def kill(self) -> None:
+        """End it at once."""
+
+
+class Launcher(Protocol):
+    """Makes processes."""
+
+    def replica(self, order: ReplicaOrder, max_ongoing: int) -> Process: ...
+
+    def proxy(self, order: ProxyOrder) -> Process: ...
+
+
+def backoff_s(attempts: int, longest_s: float = MAX_BACKOFF_S) -> float:
+    """What to wait before the next attempt: nothing before the second, then twice as long each time."""
+    return min(BACKOFF_S * 2.0 ** min(attempts - 2, 20), longest_s) if attempts > 1 else 0.0
+
+
+async def pause(clock: Clock, seconds: float) -> None:
+    """Sleep, by that clock."""
+    if seconds > 0:
+        await ended(clock, asyncio.get_running_loop().create_future(), seconds)
+
+
+async def ended(clock: Clock, future: asyncio.Future[Any], timeout_s: float) -> bool:
+    """Wait for a future, at most so long by that clock, and leave it as it is. Whether it is done."""
+    expired: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    timer = clock.call_later(timeout_s, expired.cancel)
+    try:
+        await asyncio.wait((future, expired), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        timer.cancel()
+    return future.done()

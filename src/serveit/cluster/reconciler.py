@@ -1,0 +1,271 @@
+"""Brings an instance's apps to what they are to be, one step whenever something happened: the
+controller's hands.
+
+A deploy, a start that ended, a death: each sets off `reconcile`, which decides by `control/plan`, without
+I/O, and sets tasks off, which come back with what they found.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+
+from serveit.cluster.orders import Deployed, DeployFailed, ReplicaOrder, StartFailed
+from serveit.cluster.processes import ProcessDied, ended
+from serveit.cluster.replicas import Replica, RunningApp
+from serveit.control.plan import Stop, plan
+from serveit.wire.frames import Failure
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine, Iterable
+
+    from serveit.cluster.processes import Launcher, Process
+    from serveit.cluster.publisher import Publisher
+    from serveit.cluster.replicas import Version
+    from serveit.types import Clock
+
+logger = logging.getLogger("serveit.controller")
+
+MAX_SILENT_DEATHS = 3
+"""Processes that vanish while they start, without a word: so often is it tried."""
+
+
+class Surroundings(NamedTuple):
+    """What all replicas of an instance are told."""
+
+    folder: str
+    secret: bytes
+    over_tcp: bool
+    log_level: str
+
+
+class Reconciler:
+    """All mutable state: `apps` (by name), `stopping` (nothing is started any more), `_number` (of the
+    last replica), `_tasks`, and those of them that end replicas: `_endings`."""
+
+    def __init__(
+        self, launcher: Launcher, clock: Clock, publisher: Publisher, surroundings: Surroundings
+    ) -> None:
+        self.apps: dict[str, RunningApp] = {}
+        self.stopping = False
+        self._launcher = launcher
+        self._clock = clock
+        self._publisher = publisher
+        self._surroundings = surroundings
+        self._number = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._endings: set[asyncio.Task[None]] = set()
+
+    def publish(self) -> None:
+        """Tell callers what serves."""
+        infos = (app.published() for app in self.apps.values())
+        self._publisher.publish(tuple(info for info in infos if info is not None))
+
+    async def remove(self, name: str) -> None:
+        """End an app: its routes first, then what it runs may end, then its replicas."""
+        app = self.apps.pop(name, None)
+        if app is None:
+            return
+        app.settle(DeployFailed("the app was deleted"))
+        endings = [self._end(app, replica) for replica in app.replicas.values()]
+        self.publish()
+        await self._publisher.acknowledged(self._publisher.snapshot.version)
+        await _all(endings)
+
+    async def aclose(self) -> None:
+        """End all apps, and wait for all replicas that are being ended."""
+        self.stopping = True
+        await asyncio.gather(*map(self.remove, list(self.apps)))
+        await _all(self._endings)
+        for task in self._tasks:
+            task.cancel()
+        await _all(self._tasks)
+
+    def reconcile(self, app: RunningApp) -> None:
+        """One step: start what is missing, publish what is up, stop what is too many.
+
+        Nothing in it calls back: what it sets off happens in tasks, which come back here.
+        """
+        if self.apps.get(app.name) is not app:
+            return
+        if self.stopping:
+            self.publish()
+            return
+        complete = app.complete
+        if complete:
+            app.live = app.target
+            app.target.silent = 0
+        versions = {version.number: version for version in app.versions}
+        serving = app.live.wanted if app.live is not None else None
+        for action in plan(app.target.wanted, serving, app.states()):
+            if isinstance(action, Stop):
+                self._end(app, app.replicas[action.replica])
+            else:
+                self._start(app, versions[action.version], action.backend)
+        self.publish()
+        if complete:
+            app.settle(Deployed(self._publisher.snapshot.version))
+
+    def _start(self, app: RunningApp, version: Version, backend: str) -> None:
+        """Start a replica, unless its backend was given up or has to wait: then `_count` comes back."""
+        if backend in version.given_up or version.put_off(backend, self._clock.time()):
+            return
+        self._number += 1
+        replica = Replica(f"{backend}#{self._number}", backend, version)
+        app.replicas[replica.id] = replica
+        self._run(self._supervise(app, replica))
+
+    async def _supervise(self, app: RunningApp, replica: Replica) -> None:
+        """One replica's life, if nobody ends it."""
+        silent = False
+        try:
+            failed = await self._become(app, replica)
+        except ProcessDied as error:
+            failed = DeployFailed(f"replica {replica.id} died while it started: {error}")
+            silent = True
+        except Exception as error:
+            failed = DeployFailed(f"replica {replica.id} cannot start: {type(error).__name__}: {error}")
+        if replica.ending is not None:
+            return
+        if failed is not None:
+            self._not_started(app, replica, failed, silent=silent)
+            return
+        self.reconcile(app)
+        assert replica.process is not None, "it has started"
+        how = await replica.process.death()
+        if replica.ending is None:
+            del app.replicas[replica.id]
+            logger.error("replica %s of app %r died: %s", replica.id, app.name, how)
+            self._count(app, replica, f"replica {replica.id} died: {how}")
+
+    async def _become(self, app: RunningApp, replica: Replica) -> DeployFailed | None:
+        """Make it a replica; why not, if not. Raises ProcessDied."""
+        if replica.ending is not None:
+            return None
+        spec, around = replica.version.spec, self._surroundings
+        order = ReplicaOrder(
+            id=replica.id,
+            app=spec.name,
+            backend=replica.backend,
+            code=spec.code,
+            folder=around.folder,
+            secret=around.secret,
+            over_tcp=around.over_tcp,
+            log_level=around.log_level,
+        )
+        limit = spec.backend(replica.backend).info.max_ongoing_requests
+        process = replica.process = self._launcher.replica(order, limit)
+        if not await self._placed(app, replica, process):
+            return DeployFailed(
+                f"replica {replica.id} has waited {spec.deploy_timeout_s:g} s for its process to exist: no "
+                "node has free what it asks for (`ray status` shows what there is); give the cluster "
+                "more, ask for less, or wait longer with deploy_timeout_s"
+            )
+        outcome = await process.start()
+        if isinstance(outcome, StartFailed):
+            return DeployFailed(f"replica {replica.id} cannot start: {_reason(outcome)}", outcome)
+        if replica.ending is None:
+            replica.address = outcome.address
+            logger.info("replica %s of app %r is ready (pid %d)", replica.id, spec.name, outcome.pid)
+        return None
+
+    async def _placed(self, app: RunningApp, replica: Replica, process: Process) -> bool:
+        """Wait for its process; not for ever, if a change hangs on it. Whether it is there."""
+        waiting = asyncio.ensure_future(process.placed())
+        timeout_s = replica.version.spec.deploy_timeout_s
+        try:
+            while not await ended(self._clock, waiting, timeout_s):
+                if app.hangs_on(replica):
+                    return False
+                logger.warning("replica %s still waits for its process to exist", replica.id)
+            waiting.result()
+            return True
+        finally:
+            waiting.cancel()
+
+    def _not_started(self, app: RunningApp, replica: Replica, failed: DeployFailed, *, silent: bool) -> None:
+        """What raises while it starts fails the change that hangs on it, what dies in silence is tried
+        again; where none does, it counts as a death."""
+        del app.replicas[replica.id]
+        if replica.process is not None:
+            replica.process.kill()
+        logger.error("app %r: %s", app.name, failed.text)
+        version = replica.version
+        if not app.hangs_on(replica):
+            self._count(app, replica, failed.text)
+            return
+        version.silent += silent
+        if silent and version.silent < MAX_SILENT_DEATHS:
+            self.reconcile(app)
+        elif silent:
+            self._fail(app, DeployFailed(f"{failed.text} ({version.silent} times)"))
+        else:
+            self._fail(app, failed)
+
+    def _count(self, app: RunningApp, replica: Replica, how: str) -> None:
+        """A death: another replica in its place, in time, or its backend is given up."""
+        version, backend = replica.version, replica.backend
+        now = self._clock.time()
+        version.died(backend, now, how)
+        if backend in version.given_up:
+            logger.error("app %r: %s: given up", app.name, version.given_up[backend])
+            if app.hangs_on(replica):
+                self._fail(app, DeployFailed(version.given_up[backend]))
+                return
+        elif wait_s := version.put_off(backend, now):
+            self._clock.call_later(wait_s, self.reconcile, app)
+        self.reconcile(app)
+
+    def _fail(self, app: RunningApp, outcome: DeployFailed) -> None:
+        """The change does not come into force: back to what serves, if anything does."""
+        if not app.go_back():
+            del self.apps[app.name]
+            for replica in app.replicas.values():
+                self._end(app, replica)
+        app.settle(outcome)
+        self.reconcile(app)
+
+    def _end(self, app: RunningApp, replica: Replica) -> asyncio.Task[None]:
+        """End a replica, once those who may know it have been told; the task that does it."""
+        if replica.ending is None:
+            replica.ending = self._run(self._ended(app, replica))
+            self._endings.add(replica.ending)
+            replica.ending.add_done_callback(self._endings.discard)
+        return replica.ending
+
+    async def _ended(self, app: RunningApp, replica: Replica) -> None:
+        try:
+            if replica.address is not None:
+                await self._publisher.acknowledged(self._publisher.snapshot.version)
+                await replica.stop()
+            elif replica.process is not None:
+                replica.process.kill()
+                await replica.process.death()
+        finally:
+            del app.replicas[replica.id]
+
+    def _run(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("a task of the controller failed", exc_info=error)
+
+
+async def _all(tasks: Iterable[asyncio.Task[None]]) -> None:
+    if pending := list(tasks):
+        await asyncio.wait(pending)
+
+
+def _reason(failed: StartFailed) -> str:
+    if not failed.failure:
+        return failed.where
+    failure = msgspec.msgpack.decode(failed.failure, type=Failure)
+    return f"{failure.kind}: {failure.text}"

@@ -1,0 +1,178 @@
+"""Slots for Ray actor tasks: RESERVE holds one, the task brings the arguments and takes the result away.
+
+The actor of `cluster/` runs its tasks through `Reservations.run`, so that they are admitted, bounded,
+batched and counted as calls are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from serveit.exceptions import RemoteError, ReplicaDied
+from serveit.running.calljob import check_item, raisable, send_error
+from serveit.running.failures import text_of
+from serveit.running.job import Job, JobState, Lane
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from serveit.declare.backend import Method
+    from serveit.running.replica import Replica
+    from serveit.running.reply import Reply
+    from serveit.types import Timer
+    from serveit.wire.frames import Reserve
+
+TELL_S = 0.002
+"""How long the news of a free slot may wait for company."""
+
+
+class Reservation(Job):
+    """A slot that is asked for, held, taken up by a task, and free again.
+
+    Until a task takes it up it belongs to its caller: a CANCEL, the loss of the link or the deadline
+    end it. Afterwards it is the task's, whoever holds the ObjectRef.
+    """
+
+    __slots__ = ("_args", "_kwargs", "_reservations", "_timer", "claimed", "outcome")
+
+    brings_arguments_later = True
+
+    def __init__(
+        self, lane: Lane, message: Reserve, deadline: float | None, reply: Reply, reservations: Reservations
+    ) -> None:
+        super().__init__(lane, message.target, message.request_id, deadline, reply)
+        self._reservations = reservations
+        self._timer: Timer | None = None
+        self._args: tuple[Any, ...] = ()
+        self._kwargs: dict[str, Any] = {}
+        self.claimed = False
+        self.outcome: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+    @property
+    def outlives_caller(self) -> bool:
+        return self.claimed
+
+    def hold(self) -> None:
+        self._timer = self._reservations.hold(self)
+        self.reply.reserved()
+
+    def claim(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A task has come."""
+        self._forget()
+        self.claimed = True
+        self._args, self._kwargs = args, kwargs
+
+    def arguments(self, method: Method) -> tuple[Any, Any]:
+        if method.is_batch:
+            check_item(self.target, self._args, self._kwargs)
+        args, kwargs = self._args, self._kwargs
+        self._args, self._kwargs = (), {}
+        return args, kwargs
+
+    def is_whole(self, value: Any) -> bool:
+        return True
+
+    def answer(self, value: Any) -> None:
+        if not self.outcome.done():  # else its task was cancelled, and takes nothing more
+            self.outcome.set_result(value)
+        self._reservations.finish(self)
+
+    async def stream(self, items: AsyncIterator[Any]) -> None:
+        raise TypeError(
+            "the function returned a stream, which no ObjectRef can be: "
+            "use `async for item in handle.stream(...)`"
+        )
+
+    async def deliver(self, value: Any) -> None:
+        raise AssertionError("unreachable: every value is whole")
+
+    def fail(self, error: BaseException) -> None:
+        self._forget()
+        if not self.claimed:
+            send_error(self, error)
+            return
+        if not raisable(error):
+            error = RemoteError(f"{type(error).__qualname__}: {text_of(error)}", "")
+        if not self.outcome.done():
+            self.outcome.set_exception(error)
+            self.outcome.exception()  # counts as seen: the task may be gone
+        self._reservations.finish(self)
+
+    def _forget(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._reservations.forget(self)
+
+
+class Reservations:
+    """The held slots of one replica, by request id.
+
+    All mutable state: `_held`, `_ended` (whose callers are not yet told that the slot is free) and
+    `_telling` (the timer that will tell them).
+    """
+
+    def __init__(self, replica: Replica) -> None:
+        self._replica = replica
+        self._held: dict[str, Reservation] = {}
+        self._ended: list[Reservation] = []
+        self._telling: asyncio.TimerHandle | None = None
+
+    def __repr__(self) -> str:
+        return f"<Reservations {self._replica.id} held={len(self._held)}>"
+
+    async def run(self, request_id: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a task on the slot that was reserved for it.
+
+        Raises:
+            ReplicaDied: the reservation has lapsed, at its deadline or with its caller's link.
+            Exception: what the function raised.
+        """
+        reservation = self._held.get(request_id)
+        if reservation is None:
+            raise ReplicaDied(
+                f"the slot of request {request_id} on replica {self._replica.id} is no longer held: its "
+                "deadline has passed, or its caller was lost, before the task came",
+                executed="no",
+            )
+        reservation.claim(args, kwargs)
+        self._replica.claim(reservation)
+        try:
+            return await reservation.outcome
+        except asyncio.CancelledError:
+            self._replica.abandon(reservation)
+            raise
+
+    def finish(self, reservation: Reservation) -> None:
+        """Its task has ended. Its caller hears of the slot along with the next frame, or a moment later:
+        nobody waits for that, and a write and a wake-up of their own would cost as much as the call."""
+        self._ended.append(reservation)
+        if self._telling is None:
+            self._telling = asyncio.get_running_loop().call_later(TELL_S, self._tell)
+
+    def hold(self, reservation: Reservation) -> Timer | None:
+        self._tell()
+        self._held[reservation.request_id] = reservation
+        if reservation.deadline is None:
+            return None
+        clock = self._replica.clock
+        return clock.call_later(max(0.0, reservation.deadline - clock.time()), self._lapse, reservation)
+
+    def _tell(self) -> None:
+        if self._telling is not None:
+            self._telling.cancel()
+            self._telling = None
+        ended, self._ended = self._ended, []
+        for reservation in ended:
+            if reservation.given_up is None:
+                reservation.reply.finish()
+            else:
+                send_error(reservation, reservation.given_up)
+
+    def forget(self, reservation: Reservation) -> None:
+        self._held.pop(reservation.request_id, None)
+
+    def _lapse(self, reservation: Reservation) -> None:
+        if reservation.state == JobState.RESERVED:
+            self._replica.lapse(reservation)

@@ -1,0 +1,123 @@
+"""Apps that come, change, fail and go in a running instance."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import httpx2
+import pytest
+import ray
+
+import serveit
+from serveit import App
+from serveit.exceptions import NotServing, RemoteTraceback
+from tests.cluster import apps
+from tests.cluster.instance import KEEPER, Instance
+
+pytestmark = pytest.mark.cluster
+
+
+def actors() -> set[str]:
+    """The names of the live actors of the instance."""
+    named: Any = ray.util.list_named_actors(all_namespaces=True)
+    return {actor["name"] for actor in named if actor["namespace"] == "serveit"}
+
+
+async def fetch(url: str | None, path: str) -> tuple[int, str]:
+    async with httpx2.AsyncClient(base_url=str(url), timeout=20) as http:
+        reply = await http.get(path)
+    return reply.status_code, reply.text
+
+
+async def test_an_app_is_there_for_as_long_as_it_is_served(instance: Instance) -> None:
+    before = await asyncio.to_thread(actors)
+    async with serveit.serve(apps.first, name="brief", prefix="/brief") as client:
+        assert client.url == instance.url
+        assert await client.get_handle("one").call() == "first"
+        assert await fetch(client.url, "/brief/version") == (200, "first")
+    assert (await fetch(instance.url, "/brief/version"))[0] == 404
+    assert await asyncio.to_thread(actors) == before
+
+
+async def test_a_constructor_that_raises_fails_the_deploy_with_that(instance: Instance) -> None:
+    before = await asyncio.to_thread(actors)
+    for _ in range(2):
+        with pytest.raises(apps.OwnError, match="no model file") as caught:
+            async with serveit.serve(apps.broken, name="broken", prefix="/broken"):
+                pytest.fail("it is broken")
+        assert isinstance(caught.value.__cause__, RemoteTraceback)
+        assert "in __init__" in str(caught.value.__cause__)
+        assert "replica Broken#" in str(caught.value.__notes__)
+    assert await asyncio.to_thread(actors) == before
+    with pytest.raises(NotServing):
+        async with serveit.connect(address=None, app="broken"):
+            pytest.fail("it is not there")
+
+
+async def test_the_next_version_takes_the_place_of_the_last(instance: Instance) -> None:
+    async with serveit.connect(address=None, app=KEEPER) as keeper:
+        await keeper.deploy(apps.first, name="versions", prefix="/versions")
+        assert await fetch(instance.url, "/versions/version") == (200, "first")
+        asking = asyncio.ensure_future(_ask_on(instance, "/versions/version", "second"))
+        await keeper.deploy(apps.second, name="versions", prefix="/versions")
+        assert set(await asking) <= {(200, "first"), (200, "second")}
+        assert await fetch(instance.url, "/versions/more") == (200, "more")
+    async with serveit.connect(address=None, app="versions") as client:
+        assert await client.get_handle("other").call() == "second"
+        with pytest.raises(KeyError, match="no backend or endpoint 'one'"):
+            client.get_handle("one")
+        with pytest.raises(apps.OwnError):
+            await client.deploy(apps.broken, name="versions", prefix="/versions")
+        assert await client.get_handle("other").call() == "second", "what ran runs on"
+        await client.delete()
+    assert (await fetch(instance.url, "/versions/version"))[0] == 404
+
+
+async def _ask_on(instance: Instance, path: str, until: str) -> list[tuple[int, str]]:
+    answers: list[tuple[int, str]] = []
+    async with httpx2.AsyncClient(base_url=instance.url, timeout=20) as http:
+        while not answers or answers[-1] == (200, "first"):
+            reply = await http.get(path)
+            answers.append((reply.status_code, reply.text))
+    assert answers[-1] == (200, until)
+    return answers
+
+
+async def test_a_route_belongs_to_one_app(instance: Instance) -> None:
+    async with serveit.serve(apps.first, name="owner-of-it", prefix="/clash") as client:
+        with pytest.raises(ValueError, match="GET /clash/version .*taken by app 'owner-of-it'.*prefix"):
+            async with serveit.serve(apps.second, name="latecomer", prefix="/clash"):
+                pytest.fail("it is taken")
+        assert await fetch(client.url, "/clash/version") == (200, "first")
+
+
+async def test_http_options_are_the_instances(instance: Instance) -> None:
+    with pytest.raises(ValueError, match="serves HTTP already"):
+        async with serveit.serve(App(), name="other-options", http={"port": 0, "debug": True}):
+            pytest.fail("it has other options")
+
+
+async def test_an_app_that_does_not_run(instance: Instance) -> None:
+    with pytest.raises(NotServing, match="no running app 'keepr': did you mean 'keeper'"):
+        async with serveit.connect(address=None, app="keepr"):
+            pytest.fail("there is none")
+
+
+async def test_two_apps_in_one_loop(instance: Instance) -> None:
+    async with serveit.serve(apps.first, name="outer", prefix="/outer") as outer:
+        handle, blocking = outer.get_handle("one"), outer.get_handle("one", sync=True)
+        async with serveit.serve(apps.second, name="inner", prefix="/inner") as inner:
+            assert await inner.get_handle("other").call() == "second"
+        assert await handle.call() == "first"
+        assert await asyncio.to_thread(blocking.call) == "first"
+
+
+def test_blocking_programs(instance: Instance) -> None:
+    with serveit.serve(apps.first, name="blocking", prefix="/blocking") as client:
+        assert client.get_handle("one").call() == "first"
+        client.update("one", num_replicas=2)
+        assert len(client.status()["backends"]["one"]) == 2
+        assert list(client.routes()) == ["/blocking/version"]
+    with serveit.connect(address=None, app=KEEPER) as client, pytest.raises(KeyError):
+        client.get_handle("one")

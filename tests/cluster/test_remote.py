@@ -1,0 +1,181 @@
+"""`handle.remote`: ObjectRefs out, and ObjectRefs in."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+import serveit
+from serveit.client import Client
+from serveit.exceptions import DeadlineExceeded, QueueFull, RemoteError
+from tests.cluster import apps
+from tests.cluster.instance import Instance
+from tests.flow.gates import Gate
+from tests.support import wait_until
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture(scope="module", autouse=True)
+def workers(instance: Instance) -> None:
+    """Ray's own workers start before the tests: what they open belongs to the session."""
+    ray.get([apps.add_one.remote(number) for number in range(2)])
+
+
+@pytest.fixture
+async def client(instance: Instance) -> AsyncIterator[Client]:
+    name = await instance.deployed(apps.tasks)
+    async with serveit.connect(address=None, app=name) as client:
+        yield client
+
+
+async def test_it_is_an_object_ref(client: Client) -> None:
+    ref = await client.get_handle("double").remote(7)
+    assert isinstance(ref, ray.ObjectRef)
+    assert await ref == 14
+    assert await asyncio.to_thread(ray.get, ref) == 14
+    assert await apps.add_one.remote(ref) == 15
+    assert await (await client.get_handle("plain").remote(7)) == 8
+    array = np.arange(1_000_000)
+    doubled: Any = await (await client.get_handle("double").remote(array))
+    assert np.array_equal(doubled, 2 * array)
+
+
+async def test_many_at_once(client: Client) -> None:
+    double = client.get_handle("double")
+    refs = await asyncio.gather(*(double.remote(number) for number in range(200)))
+    assert await asyncio.gather(*refs) == [2 * number for number in range(200)]
+
+
+async def test_arguments_by_place_and_name(client: Client) -> None:
+    assert await (await client.get_handle("Work").remote(1, 2, key="word")) == ((1, 2), {"key": "word"})
+
+
+async def test_refs_among_the_arguments_arrive_as_their_values(client: Client) -> None:
+    double, work = client.get_handle("double"), client.get_handle("Work")
+    first = await double.remote(3)
+    assert await (await double.remote(first)) == 12
+    assert await double.call(first) == 12
+    assert await work.call(first, 1, key=await double.remote(5)) == ((6, 1), {"key": 10})
+    assert await (await work.remote(first, key=first)) == ((6,), {"key": 6})
+    assert [item async for item in work.count.stream(first)] == list(range(6))
+    array: Any = await double.call(apps.make_array.remote(1_000_000))
+    assert np.array_equal(array, 2 * np.arange(1_000_000))
+    assert await asyncio.to_thread(double.sync.call, first) == 12
+
+
+async def test_a_failed_ref_raises_before_the_function_runs(client: Client, gate: Gate) -> None:
+    work = client.get_handle("Work")
+    for use in (work.noting.call, work.noting.remote):
+        with pytest.raises(apps.OwnError, match="in a task of Ray's"):
+            await (await use(str(gate.folder), apps.fails.remote()))
+    assert gate.notes == []
+
+
+async def test_what_the_function_raises_is_raised_by_the_ref(client: Client) -> None:
+    work = client.get_handle("Work")
+    ref = await work.fail.remote("own")
+    with pytest.raises(apps.OwnError, match="nothing there"):
+        await ref
+    with pytest.raises(apps.OwnError, match="nothing there"):
+        await asyncio.to_thread(ray.get, ref)
+    with pytest.raises((RemoteError, ray.exceptions.RayError), match="NotRebuilt: 1 and 2"):
+        await (await work.fail.remote("other"))
+    with pytest.raises(TypeError, match="missing 1 required positional argument"):
+        await (await work.fail.remote())
+
+
+async def test_a_generator_is_refused_with_the_way_out(client: Client) -> None:
+    with pytest.raises(TypeError, match=r"async for item in handle.stream"):
+        await (await client.get_handle("Work").count.remote(3))
+
+
+async def test_batches(client: Client) -> None:
+    half = client.get_handle("half")
+    refs = await asyncio.gather(*(half.remote(number) for number in (2, 4, 6, 7)))
+    results: list[Any] = await asyncio.gather(*refs, return_exceptions=True)
+    assert [value for value, _ in results[:3]] == [1, 2, 3]
+    assert max(count for _, count in results[:3]) > 1, "they were gathered"
+    assert isinstance(results[3], ValueError) and "7 is odd" in str(results[3])
+
+
+async def test_a_slot_is_waited_for_and_bounds_hold(client: Client, gate: Gate) -> None:
+    two, folder = client.get_handle("two"), str(gate.folder)
+    refs = [await two.remote(folder) for _ in range(2)]
+    await wait_until(lambda: gate.notes == ["in", "in"], 5, "two run")
+    with pytest.raises(DeadlineExceeded) as caught:
+        await two.options(timeout_s=0.2).remote(folder)
+    assert caught.value.executed == "no"
+    waiting = [asyncio.ensure_future(two.remote(folder)) for _ in range(5)]
+    done, pending = await asyncio.wait(waiting, timeout=0.2)
+    assert done and pending
+    for each in done:
+        assert isinstance(each.exception(), QueueFull)
+    gate.open()
+    refs += await asyncio.gather(*pending)
+    assert await asyncio.gather(*refs) == ["done"] * len(refs)
+    assert gate.peak == 2
+
+
+async def test_calls_and_remote_share_the_bound(client: Client, gate: Gate) -> None:
+    two, folder = client.get_handle("two"), str(gate.folder)
+    ref = await two.remote(folder)
+    call = asyncio.ensure_future(two.call(folder))
+    await wait_until(lambda: gate.notes == ["in", "in"], 5, "two run")
+    third = asyncio.ensure_future(two.remote(folder))
+    await asyncio.wait((third,), timeout=0.1)
+    assert not third.done()
+    gate.open()
+    assert [await ref, await call, await (await third)] == ["done"] * 3
+    assert gate.peak == 2
+
+
+async def test_a_remote_that_is_given_up_gives_its_slot_back(client: Client, gate: Gate) -> None:
+    two, folder = client.get_handle("two"), str(gate.folder)
+    refs = [await two.remote(folder) for _ in range(2)]
+    given_up = asyncio.ensure_future(two.remote(folder))
+    await asyncio.wait((given_up,), timeout=0.05)
+    given_up.cancel()
+    gate.open()
+    assert await asyncio.gather(*refs) == ["done"] * 2
+    assert await two.call(folder) == "done"
+    assert gate.notes.count("in") == 3
+
+
+async def test_blocking_from_eight_threads(client: Client) -> None:
+    double = client.get_handle("double", sync=True)
+    results: dict[int, Any] = {}
+
+    def use(number: int) -> None:
+        results[number] = ray.get([double.remote(10 * number + index) for index in range(10)])
+
+    threads = [threading.Thread(target=use, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        await asyncio.to_thread(thread.join)
+    assert results == {n: [2 * (10 * n + index) for index in range(10)] for n in range(8)}
+
+
+async def test_blocking_in_a_loop_names_the_async_way(client: Client) -> None:
+    with pytest.raises(RuntimeError, match=r"`await handle.remote\(\.\.\.\)`"):
+        client.get_handle("double", sync=True).remote(1)
+
+
+async def test_from_inside_a_replica(client: Client) -> None:
+    assert await client.get_handle("Work").through.call(4) == 8
+
+
+async def test_handles_travel_into_tasks_and_actors(client: Client) -> None:
+    double = client.get_handle("double")
+    assert await apps.use_blocking.remote(double.sync, 4) == [8, [2, 4], 8]
+    assert await apps.use_async.remote(double.options(timeout_s=20), 5) == [10, 10]
+    actor = apps.make_user(double)
+    assert await asyncio.gather(*(actor.use.remote(number) for number in range(5))) == [0, 2, 4, 6, 8]
+    ray.kill(actor)
