@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import statistics
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from serveit import App, HTTPOptions, cli
+from serveit.exceptions import RemoteTraceback
 from serveit.web.proxy import bind
 from tests.commands import fetch, serveit
 
@@ -52,6 +55,11 @@ FILES = {
         "from serveit import App\napp = App()\n\n@app.backend\nclass Model:\n"
         "    def __init__(self):\n        raise SystemExit(3)\n\n    def __call__(self): ...\n"
     ),
+    "waiting.py": (
+        "import asyncio\nfrom pathlib import Path\nfrom serveit import App\napp = App()\n\n"
+        "@app.route('/')\nasync def wait() -> str:\n    Path('asked').touch()\n"
+        "    while not Path('go').exists():\n        await asyncio.sleep(0.01)\n    return 'done'\n"
+    ),
     "importing.py": "import time\nprint('importing', flush=True)\ntime.sleep(60)\n",
     "constructing.py": (
         "import time\nfrom serveit import App\napp = App()\n\n@app.backend\nclass Model:\n"
@@ -72,6 +80,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, text in FILES.items():
         (made / name).write_text(text)
     return made
+
+
+def until(predicate: Callable[[], object], timeout_s: float = 10.0) -> bool:
+    """Whether it became true in time. (Other processes make it true: there is no event to wait for.)"""
+    deadline = time.monotonic() + timeout_s
+    while not predicate():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
 
 
 def refused(folder: Path, *arguments: str, code: int = 1) -> str:
@@ -148,9 +166,11 @@ def test_a_mistake_in_the_target(folder: Path, target: str, said: str) -> None:
     assert text.startswith(said) and len(text.splitlines()) == 1
 
 
-def test_without_local(folder: Path) -> None:
-    assert "--local" in refused(folder, "hello_app")
-    assert "--reload needs --local" in refused(folder, "hello_app", "--reload", code=2)
+def test_what_is_for_ray_and_what_for_one_process(folder: Path) -> None:
+    text = refused(folder, "hello_app", "--reload", code=2)
+    assert text.splitlines()[-1] == "Error: --reload needs --local: on Ray this version does not reload"
+    text = refused(folder, "hello_app", "--local", "--address", "auto", code=2)
+    assert text.splitlines()[-1].startswith("Error: --address is for Ray, and --local does without")
 
 
 def test_usage(folder: Path) -> None:
@@ -244,6 +264,83 @@ def test_a_function_that_does_not_return(folder: Path, signals: int, code: int) 
             assert command.end(10) == code
 
 
+# -- on Ray ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home of its own, for Ray's token; what runs with it was started by the test."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    return tmp_path
+
+
+def processes_of(home: Path) -> list[str]:
+    """The command lines of all that run with this home; none where there is no /proc."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"HOME={home}".encode() in (process / "environ").read_bytes().split(b"\0"):
+                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+    return found
+
+
+@pytest.mark.cluster
+def test_on_ray_it_serves_and_leaves_nothing(folder: Path, home: Path) -> None:
+    for name in ("asked", "go"):
+        (folder / name).unlink(missing_ok=True)
+    with serveit("run", "waiting", "--port", "0", folder=folder) as command:
+        url = command.url()
+        command.wait_for("^  /  GET,HEAD  wait$")
+        assert any("ReplicaActor" in line for line in processes_of(home)) or not Path("/proc").exists()
+        with ThreadPoolExecutor() as threads:
+            answer = threads.submit(fetch, url)
+            assert until((folder / "asked").exists)
+            command.process.send_signal(signal.SIGINT)
+            command.wait_for("stopping once 1 running")
+            (folder / "go").touch()
+            assert answer.result() == "done"
+        assert command.end() == 0, command.text
+    assert until(lambda: not processes_of(home)), processes_of(home)
+    token = home / ".ray" / "auth_token"
+    assert token.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.cluster
+def test_a_constructor_that_raises_on_ray(folder: Path, home: Path) -> None:
+    text = refused(folder, "constructor", "--port", "0")
+    shown = text[text.index("Traceback (most recent call last):\n") :].splitlines()
+    files = [line.split('"')[1] for line in shown if line.startswith('  File "')]
+    assert files == [str(folder / "constructor.py")] * 2, text
+    assert [line.strip() for line in shown if not line.startswith('  File "')] == [
+        "Traceback (most recent call last):",
+        "self.load()",
+        "raise ValueError('no such model')",
+        "ValueError: no such model",
+        "(while replica Model#1 of app 'default' started)",
+        "Error: the app cannot be started",
+    ]
+    assert until(lambda: not processes_of(home)), processes_of(home)
+
+
+@pytest.mark.cluster
+def test_an_address_in_use_is_found_before_ray_starts(folder: Path, home: Path) -> None:
+    with bind(HTTPOptions(port=0)) as taken:
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        text = refused(folder, "constructor", "--port", port)
+    assert text.splitlines()[-1].startswith(f"Error: cannot listen on 127.0.0.1:{port}") and "--port" in text
+    assert "Ray is up" not in text and not (home / ".ray").exists()
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("address", ["nonsense", "127.0.0.1:1"])
+def test_no_cluster_at_the_address(folder: Path, home: Path, address: str) -> None:
+    text = refused(folder, "constructor", "--address", address)
+    assert text.startswith(f"Error: no Ray cluster at {address!r}: ") and len(text.splitlines()) == 1
+    assert "ray start --head" in text
+
+
 # -- in this process -------------------------------------------------------------------------
 
 
@@ -314,6 +411,28 @@ def test_causes_are_shown_as_the_user_s(folder: Path) -> None:
     except ValueError as error:
         text = cli._users_traceback(error)
     assert "direct cause" in text and "test_cli.py" in text and "routing.py" not in text
+
+
+def test_a_traceback_from_a_replica_is_shown_as_the_user_s() -> None:
+    own, asyncios = cli.__file__, os.__file__.replace("os.py", "asyncio/tasks.py")
+    error = ValueError("theirs")
+    error.add_note("(while it started)")
+    error.__cause__ = RemoteTraceback(
+        f'Traceback (most recent call last):\n  File "{own}", line 1, in a\n    a()\n'
+        f'  File "{asyncios}", line 1, in b\n    b()\n    ^^^\n'
+        '  File "app.py", line 1, in theirs\n    c()\n'
+        f'  File "{asyncios}", line 1, in d\n    d()\n  File "{own}", line 2, in e\n    e()\n'
+        "KeyError: 1\n\nDuring handling of the above exception, another exception occurred:\n\n"
+        f'Traceback (most recent call last):\n  File "{own}", line 1, in f\n    f()\n'
+        '  File "app.py", line 3, in theirs\nValueError: theirs\nand more\n'
+    )
+    assert cli._users_traceback(error) == (
+        'Traceback (most recent call last):\n  File "app.py", line 1, in theirs\n    c()\n'
+        f'  File "{asyncios}", line 1, in d\n    d()\n'
+        "KeyError: 1\n\nDuring handling of the above exception, another exception occurred:\n\n"
+        'Traceback (most recent call last):\n  File "app.py", line 3, in theirs\n'
+        "ValueError: theirs\nand more\n(while it started)\n"
+    )
 
 
 def test_a_signal_while_importing(asked: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:

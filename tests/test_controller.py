@@ -37,6 +37,7 @@ class FakeProcess:
         self.may_stop = asyncio.Event()
         self.may_stop.set()
         self.drains: list[float] = []
+        self.idles: list[float] = []
         self.killed = 0
         self.starts = 0
 
@@ -82,6 +83,9 @@ class FakeProcess:
 
     async def status(self) -> dict[str, Any]:
         return {"running": 3}
+
+    async def idle(self, timeout_s: float) -> None:
+        self.idles.append(timeout_s)
 
     async def death(self) -> str:
         return await asyncio.shield(self.gone)
@@ -756,12 +760,14 @@ class TestDelete:
         member.hears.clear()
         deleting = stage.begin(stage.controller.delete("app"))
         await stage.clock.settle()
-        assert stage.controller.snapshot.apps == ()
+        (leaving,) = stage.controller.snapshot.apps
+        assert leaving.routes == () and len(leaving.backends[0].replicas) == 2
         assert stage.controller.is_empty
-        assert [process.drains for process in stage.launcher.made] == [[], []]
+        assert [process.idles for process in stage.launcher.made] == [[], []]
         member.hears.set()
         await stage.clock.settle()
-        assert deleting.done()
+        assert deleting.done() and stage.controller.snapshot.apps == ()
+        assert [process.idles for process in stage.launcher.made] == [[30.0], [30.0]]
         assert [process.drains for process in stage.launcher.made] == [[30.0], [30.0]]
 
     async def test_of_nothing(self, stage: Stage) -> None:

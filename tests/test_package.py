@@ -54,9 +54,17 @@ def test_importing_is_light() -> None:
     assert {name for name in modules if name.startswith("starlette.")} <= {"starlette.convertors"}
 
 
-def test_nothing_loads_ray() -> None:
-    modules = loaded_by("from serveit import *\nserve(App(), local=True)")
-    assert "uvicorn" not in modules and "ray" not in modules
+def test_one_process_does_without_ray() -> None:
+    served = "from serveit import *\nserve(App(), local=True)"
+    assert not loaded_by(served) & {"uvicorn", "ray"}
+    called = """
+from serveit import *
+app = App()
+app.backend(lambda: 1, name="one")
+with serve(app, local=True, http={"port": 0}) as client:
+    assert client.get_handle("one").call() == 1
+"""
+    assert {name for name in loaded_by(called) if name.partition(".")[0] == "ray"} == set()
 
 
 def test_the_module_is_the_command() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 from typing import Any
 
 import numpy as np
@@ -148,8 +149,6 @@ async def test_a_def_that_is_given_up_keeps_its_slot(served: Served, gate: Gate)
 
 
 async def test_a_pickled_handle(served: Served, kind: str) -> None:
-    import pickle
-
     handle = served.handle("Desk").options(timeout_s=5).explain
     if kind == "local":
         with pytest.raises(TypeError, match="cannot be pickled: without Ray"):
@@ -157,4 +156,9 @@ async def test_a_pickled_handle(served: Served, kind: str) -> None:
     else:
         again: Handle[..., Any] = pickle.loads(pickle.dumps(handle))
         assert repr(again) == repr(handle)
-        assert await again.call(3) == "3!"
+
+        async def use() -> Any:
+            return await again.call(3)
+
+        # In a loop of its own: where it is used first it connects, for as long as the loop runs.
+        assert await asyncio.to_thread(asyncio.run, use()) == "3!"

@@ -10,13 +10,14 @@ import asyncio
 import contextlib
 import logging
 import os
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from serveit.cluster.controller import Controller, ProcessDied
+from serveit.cluster.controller import Controller
 from serveit.cluster.orders import (
     CONTROLLER,
     NAMESPACE,
@@ -30,15 +31,16 @@ from serveit.cluster.orders import (
     encode,
     place_text,
 )
+from serveit.cluster.processes import ProcessDied
 from serveit.cluster.session import node_address
 from serveit.control.spec import AppSpec
 from serveit.logs import configure
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine
 
-    from serveit.cluster.controller import Process
     from serveit.cluster.hosts import ProxyHost, ReplicaHost
+    from serveit.cluster.processes import Process
     from serveit.wire.channel import Channel, Listening
     from serveit.wire.link import Receiver
 
@@ -53,6 +55,7 @@ LEAST_CALLS = 1_000
 KILL_S = 5.0
 """What a drain may take beyond its time until its process is killed."""
 STATUS_S = 1.0
+LAST_WORDS_S = 0.1
 OWNER_GRACE_S = 2.0
 """What a driver whose connection broke gets to come back."""
 
@@ -165,7 +168,9 @@ class ControllerActor(_Actor):
         from serveit.wire.channel import listen
 
         def accept(channel: Channel) -> Receiver:
-            return OwnerLine(self._controller, str(channel.peer.extra.get("owner", "")))
+            owner = str(channel.peer.extra.get("owner", ""))
+            self._controller.owner_joined(owner)
+            return OwnerLine(partial(self._owner_lost, owner))
 
         unix = f"unix:{self._folder}/controller-{os.getpid()}.sock"
         # Kept: uvloop closes a server that nobody holds.
@@ -210,30 +215,39 @@ class ControllerActor(_Actor):
     async def url(self) -> str | None:
         return self._controller.url
 
-    async def delete(self, name: str) -> bool:
-        """End an app. Whether the instance has none left."""
-        await self._controller.delete(name)
-        return self._controller.is_empty
+    async def delete(self, name: str, owner: str | None) -> None:
+        """End an app; with the last one ends the instance."""
+        await self._controller.delete(name, owner)
+        if owner is not None:
+            self._controller.owner_left(owner)
+        await self._end_if_empty()
 
     async def shutdown(self) -> None:
         await self._controller.shutdown()
+
+    async def _owner_lost(self, owner: str) -> None:
+        await self._controller.owner_lost(owner, OWNER_GRACE_S)
+        await self._end_if_empty()
+
+    async def _end_if_empty(self) -> None:
+        if self._controller.is_empty:
+            await self._controller.shutdown()
+            # Not at once: whoever has asked for this gets an answer.
+            asyncio.get_running_loop().call_later(LAST_WORDS_S, os._exit, 0)
 
 
 class OwnerLine:
     """A driver's connection, whose end is the end of the apps that the driver owns."""
 
-    def __init__(self, controller: Controller, owner: str) -> None:
-        self._controller = controller
-        self._owner = owner
+    def __init__(self, on_lost: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self._on_lost = on_lost
         self._ending: asyncio.Task[None] | None = None
-        controller.owner_joined(owner)
 
     def frame_received(self, frame: Any) -> None:
         """Nothing is said here."""
 
     def link_lost(self, error: BaseException | None) -> None:
-        coroutine = self._controller.owner_lost(self._owner, OWNER_GRACE_S)
-        self._ending = asyncio.get_running_loop().create_task(coroutine)
+        self._ending = asyncio.get_running_loop().create_task(self._on_lost())
 
 
 def controller_handle() -> Any:

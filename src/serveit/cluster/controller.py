@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from serveit.clock import LoopClock
 from serveit.cluster.orders import Deployed, DeployFailed
-from serveit.cluster.processes import Process, ProcessDied, pause
+from serveit.cluster.processes import pause
 from serveit.cluster.proxies import Proxies
 from serveit.cluster.publisher import Publisher
 from serveit.cluster.reconciler import Reconciler, Surroundings
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from serveit.control.snapshot import Snapshot
     from serveit.control.spec import AppSpec
     from serveit.types import Clock
-
-__all__ = ["Controller", "Process", "ProcessDied"]
 
 logger = logging.getLogger("serveit.controller")
 
@@ -142,9 +140,16 @@ class Controller:
         """Wait until an app is what it is to be, or what the last change made of it has failed."""
         return await self._in_force(self._known(name).outcome)
 
-    async def delete(self, name: str) -> None:
-        """End an app: its routes first, then what it runs may end, then its replicas."""
-        await self._reconciler.remove(name)
+    async def delete(self, name: str, owner: str | None = None) -> None:
+        """End an app: its routes first, then what it runs may end, then its replicas.
+
+        Args:
+            name: of the app.
+            owner: who wants it; an app that another driver has taken over stays. None: whoever has it.
+        """
+        app = self._apps.get(name)
+        if app is not None and owner in (None, app.target.spec.owner):
+            await self._reconciler.remove(name)
 
     async def shutdown(self) -> None:
         """End everything: stop accepting, let what runs end, stop the processes. Once is enough."""
@@ -180,7 +185,8 @@ class Controller:
 
     @property
     def is_empty(self) -> bool:
-        return not self._apps
+        """Whether there is nothing to run, and nobody who may be about to deploy something."""
+        return not self._apps and not any(self._owners.values())
 
     # -- HTTP --------------------------------------------------------------------------------
 
@@ -199,8 +205,15 @@ class Controller:
         """A driver whose end is its apps' has connected."""
         self._owners[owner] = self._owners.get(owner, 0) + 1
 
+    def owner_left(self, owner: str) -> None:
+        """It has ended its apps itself."""
+        self._owners.pop(owner, None)
+        self._publisher.forget_process(owner)
+
     async def owner_lost(self, owner: str, grace_s: float) -> None:
         """Its connection is gone; without another in so long its apps are deleted."""
+        if owner not in self._owners:
+            return  # it had said so
         self._owners[owner] -= 1
         loss = self._losses[owner] = self._losses.get(owner, 0) + 1
         await pause(self._clock, grace_s)
@@ -208,6 +221,7 @@ class Controller:
             return
         self._owners.pop(owner, None)
         self._losses.pop(owner, None)
+        self._publisher.forget_process(owner)
         names = [app.name for app in self._apps.values() if app.target.spec.owner == owner]
         for name in names:
             logger.warning("the driver of app %r is gone: deleting the app", name)

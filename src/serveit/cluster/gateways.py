@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import secrets
 import threading
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
@@ -22,7 +20,7 @@ from anyio.from_thread import BlockingPortal
 
 from serveit.calling.gateway import Gateway, open_portal
 from serveit.calling.handle import Handle, HandleOptions
-from serveit.cluster.orders import CONTROLLER, NAMESPACE, Joined
+from serveit.cluster.orders import CONTROLLER, NAMESPACE, Joined, member_name
 from serveit.cluster.refs import RayTasks
 from serveit.cluster.watch import Watch
 from serveit.config import HANDLE_QUEUE, did_you_mean
@@ -41,8 +39,15 @@ class Entrance:
     All mutable state: `_gateways` (by app), `_closed`, and what `open` makes.
     """
 
-    def __init__(self, role: str, portal: BlockingPortal | None = None) -> None:
+    def __init__(self, role: str, portal: BlockingPortal | None = None, name: str = "") -> None:
+        """
+        Args:
+            role: of this process on its channels.
+            portal: the way to this loop from other threads.
+            name: of this process: a replica's, a driver's; its watches are forgotten when it is gone.
+        """
         self._role = role
+        self._name = name
         self._portal = portal
         self._loop = asyncio.get_running_loop()
         self._gateways: dict[str, ClusterGateway] = {}
@@ -55,7 +60,7 @@ class Entrance:
         joined = msgspec.msgpack.decode(await answer(controller.join.remote()), type=Joined)
         self.watch = Watch(
             controller,
-            member=f"{self._role}-{os.getpid()}-{secrets.token_hex(4)}",
+            member=member_name(self._role, self._name),
             role=self._role,
             secret=joined.secret,
             default_queue=HANDLE_QUEUE,
@@ -84,13 +89,16 @@ class Entrance:
 _entrances: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Future[Entrance]] = WeakKeyDictionary()
 
 
-async def enter(role: str = "driver", portal: BlockingPortal | None = None) -> Entrance:
-    """The running event loop's entrance, opened if it has none; whoever comes meanwhile waits for it."""
+async def enter(role: str = "driver", portal: BlockingPortal | None = None, name: str = "") -> Entrance:
+    """The running event loop's entrance, opened if it has none; whoever comes meanwhile waits for it.
+
+    The arguments are `Entrance`'s.
+    """
     loop = asyncio.get_running_loop()
     opened = _entrances.get(loop)
     if opened is None:
         opened = _entrances[loop] = loop.create_future()
-        entrance = Entrance(role, portal)
+        entrance = Entrance(role, portal, name)
         try:
             await entrance.open()
         except BaseException as error:
@@ -105,10 +113,13 @@ async def enter(role: str = "driver", portal: BlockingPortal | None = None) -> E
 class Elsewhere(Gateway):
     """A gateway that has not been entered: each event loop finds its own behind it."""
 
-    def __init__(self, app: str, role: str = "driver", portal: BlockingPortal | None = None) -> None:
+    def __init__(
+        self, app: str, role: str = "driver", portal: BlockingPortal | None = None, process: str = ""
+    ) -> None:
         self.app = app
         self.tasks = None
         self._role = role
+        self._process = process
         self._portal = portal
 
     @property
@@ -123,7 +134,7 @@ class Elsewhere(Gateway):
         return False
 
     async def enter(self, who: object) -> Gateway:
-        return (await enter(self._role, self._portal)).gateway(self.app)
+        return (await enter(self._role, self._portal, self._process)).gateway(self.app)
 
     def reduce(self, name: str, options: HandleOptions, *, sync: bool) -> tuple[Any, ...]:
         return reduce_handle(self.app, name, options, sync)
@@ -157,10 +168,11 @@ class ClusterGateway(Elsewhere):
 class Resolver:
     """Where the code of a replica finds handles: its own app's, by the names that the app has."""
 
-    def __init__(self, app: App, name: str, role: str) -> None:
+    def __init__(self, app: App, name: str, role: str, replica: str) -> None:
         self.app = app
         self._name = name
         self._role = role
+        self._replica = replica
         self._exit = contextlib.AsyncExitStack()
         self._portal: BlockingPortal | None = None
         self._loop = asyncio.get_running_loop()
@@ -175,7 +187,8 @@ class Resolver:
             raise KeyError(
                 f"app {self._name!r} has no backend or endpoint {name!r}: {did_you_mean(name, known)}"
             )
-        handle: Handle[..., Any] = Handle(Elsewhere(self._name, self._role, self._portal), name)
+        elsewhere = Elsewhere(self._name, self._role, self._portal, f"{self._name}/{self._replica}")
+        handle: Handle[..., Any] = Handle(elsewhere, name)
         return handle.sync if sync else handle
 
     async def aclose(self) -> None:

@@ -55,6 +55,7 @@ class ReplicaHost:
         self._node = node
         self._exit = contextlib.AsyncExitStack()
         self._doors: list[Listening] = []
+        self._closing: list[asyncio.Task[None]] = []
 
     async def start(self) -> Started | StartFailed:
         """Load the user's code, construct the backend, listen."""
@@ -74,7 +75,7 @@ class ReplicaHost:
         app = unpack(shipment)
         backend = find(app, order.backend, shipment)
         loop = asyncio.get_running_loop()
-        resolver = Resolver(app, order.app, REPLICA_ROLE)
+        resolver = Resolver(app, order.app, REPLICA_ROLE, order.id)
         await resolver.open()
         self._exit.push_async_callback(resolver.aclose)
         self._exit.enter_context(serving(app, resolver))
@@ -113,24 +114,21 @@ class ReplicaHost:
 
     async def aclose(self, timeout_s: float) -> None:
         """Take nothing new, let what runs end, close the user's object and the channels."""
-        self._send_away()
+        for door in self._doors:
+            for channel in door.channels:
+                channel.send(FrameType.GOAWAY, 0)
         await self.replica.drain(timeout_s)
         await self.replica.aclose()
         for door in self._doors:
             await door.aclose()
         await self._exit.aclose()
 
-    def _send_away(self) -> None:
-        for door in self._doors:
-            for channel in door.channels:
-                channel.send(FrameType.GOAWAY, 0)
-
     def _leave(self, error: BaseException) -> None:
         """User code raised SystemExit or KeyboardInterrupt: the process ends, once the answers of this tick
-        are out. Whatever else comes, or waits here, goes elsewhere."""
-        self._send_away()
-        self.replica.admission.close()
-        asyncio.get_running_loop().call_later(0.05, os._exit, 1)
+        are out. Its callers see it go now, and send no more."""
+        loop = asyncio.get_running_loop()
+        self._closing = [loop.create_task(door.aclose()) for door in self._doors]
+        loop.call_later(0.05, os._exit, 1)
 
     def status(self) -> dict[str, Any]:
         statistics = self.replica.statistics()

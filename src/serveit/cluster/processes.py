@@ -32,6 +32,9 @@ class Process(Protocol):
     async def status(self) -> dict[str, Any]:
         """What it is doing; empty if it does not say."""
 
+    async def idle(self, timeout_s: float) -> None:
+        """Wait until it runs nothing, at most so long; what comes meanwhile, it takes."""
+
     async def death(self) -> str:
         """Wait for its end; the text says how it came."""
 

@@ -43,8 +43,9 @@ class Surroundings(NamedTuple):
 
 
 class Reconciler:
-    """All mutable state: `apps` (by name), `stopping` (nothing is started any more), `_number` (of the
-    last replica), `_tasks`, and those of them that end replicas: `_endings`."""
+    """All mutable state: `apps` (by name), `_leaving` (deleted, with requests that still run), `stopping`
+    (nothing is started any more), `_number` (of the last replica), `_tasks`, and those of them that end
+    replicas: `_endings`."""
 
     def __init__(
         self, launcher: Launcher, clock: Clock, publisher: Publisher, surroundings: Surroundings
@@ -55,13 +56,15 @@ class Reconciler:
         self._clock = clock
         self._publisher = publisher
         self._surroundings = surroundings
+        self._leaving: list[RunningApp] = []
         self._number = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._endings: set[asyncio.Task[None]] = set()
 
     def publish(self) -> None:
         """Tell callers what serves."""
-        infos = (app.published() for app in self.apps.values())
+        leaving = [app for app in self._leaving if app.name not in self.apps]
+        infos = (app.published() for app in (*self.apps.values(), *leaving))
         self._publisher.publish(tuple(info for info in infos if info is not None))
 
     async def remove(self, name: str) -> None:
@@ -70,10 +73,22 @@ class Reconciler:
         if app is None:
             return
         app.settle(DeployFailed("the app was deleted"))
+        await self._let_end(app)
         endings = [self._end(app, replica) for replica in app.replicas.values()]
         self.publish()
         await self._publisher.acknowledged(self._publisher.snapshot.version)
         await _all(endings)
+
+    async def _let_end(self, app: RunningApp) -> None:
+        """Without its routes, until nothing runs: what one of its requests calls is to be there still."""
+        app.leaving = True
+        self._leaving.append(app)
+        try:
+            self.publish()
+            await self._publisher.acknowledged(self._publisher.snapshot.version)
+            await app.idle()
+        finally:
+            self._leaving.remove(app)
 
     async def aclose(self) -> None:
         """End all apps, and wait for all replicas that are being ended."""
@@ -136,6 +151,7 @@ class Reconciler:
         self.reconcile(app)
         assert replica.process is not None, "it has started"
         how = await replica.process.death()
+        self._publisher.forget_process(f"{app.name}/{replica.id}")
         if replica.ending is None:
             del app.replicas[replica.id]
             logger.error("replica %s of app %r died: %s", replica.id, app.name, how)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -91,10 +92,14 @@ class _Waiter:
                 if not waiting:
                     self._thread = None
                     return
-            ready, _ = ray.wait(list(waiting), num_returns=1, timeout=WAIT_S, fetch_local=False)
+            try:
+                ready, _ = ray.wait(list(waiting), num_returns=1, timeout=WAIT_S, fetch_local=False)
+            except Exception:
+                # Ray was shut down: whoever waits goes on, and hears of it from what it does next.
+                ready = list(waiting)
             for ref in ready:
                 for loop, future in waiting.pop(ref):
-                    if not loop.is_closed():
+                    with contextlib.suppress(RuntimeError):  # the loop is closed
                         loop.call_soon_threadsafe(_set, future)
 
 

@@ -6,6 +6,8 @@ import asyncio
 from collections import deque
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from serveit.cluster.orders import Deployed, DeployFailed
 from serveit.cluster.processes import backoff_s
 from serveit.control.plan import ReplicaState, Wanted, is_complete
@@ -98,6 +100,11 @@ class Replica:
         assert self.process is not None, "only what was launched has an address"
         await self.process.stop(self.version.spec.backend(self.backend).drain_s)
 
+    async def idle(self) -> None:
+        """Wait until it runs nothing, at most the time of a drain."""
+        if self.process is not None and self.stage == "ready":
+            await self.process.idle(self.version.spec.backend(self.backend).drain_s)
+
     @property
     def state(self) -> ReplicaState:
         return ReplicaState(self.id, self.backend, self.version.number, self.address is not None)
@@ -108,7 +115,8 @@ class RunningApp:
 
     All mutable state: `target` (the version that it is to be), `live` (the one that callers know; None
     before the first one is up), `replicas` (by id), `outcome` (what becomes of the last change), `before`
-    (for how many replicas a backend had before that change).
+    (for how many replicas a backend had before that change), `leaving` (it has been deleted: what runs may
+    end, and still finds what it calls).
     """
 
     def __init__(self, target: Version) -> None:
@@ -117,6 +125,7 @@ class RunningApp:
         self.replicas: dict[str, Replica] = {}
         self.outcome: asyncio.Future[Deployed | DeployFailed] = asyncio.get_running_loop().create_future()
         self.before: dict[str, int] = {}
+        self.leaving = False
 
     def __repr__(self) -> str:
         return (
@@ -147,6 +156,10 @@ class RunningApp:
         if not self.changing or replica.version is not self.target:
             return False
         return self.target is not self.live or replica.backend in self.before
+
+    async def idle(self) -> None:
+        """Wait until none of its replicas runs anything, at most the time of their drains."""
+        await asyncio.gather(*(replica.idle() for replica in self.replicas.values()))
 
     def states(self) -> list[ReplicaState]:
         return [replica.state for replica in self.replicas.values() if replica.ending is None]
@@ -193,4 +206,5 @@ class RunningApp:
         for replica in self.replicas.values():
             if replica.version is self.live and replica.ending is None and replica.address is not None:
                 ready.setdefault(replica.backend, []).append(ReplicaInfo(replica.id, replica.address))
-        return self.live.spec.published(ready)
+        info = self.live.spec.published(ready)
+        return msgspec.structs.replace(info, routes=()) if self.leaving else info

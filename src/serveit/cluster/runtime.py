@@ -163,8 +163,8 @@ class ClusterRuntime:
         await self._deploy(app, name, prefix, owner="")
 
     async def delete(self) -> None:
-        """End the app."""
-        await answer(self._controller.delete.remote(self.name), None)
+        """End the app, whoever started it."""
+        await answer(self._controller.delete.remote(self.name, None), None)
 
     # -- starting ----------------------------------------------------------------------------
 
@@ -198,7 +198,7 @@ class ClusterRuntime:
             # At the same time: each takes a process of its own.
             await _both(self._serve_http(joined), self._deploy(self.app, self.name, self.prefix, self._owner))
         portal = await open_portal(ways)
-        self._entrance = Entrance("driver", portal)
+        self._entrance = Entrance("driver", portal, self._owner)
         await self._entrance.open()
         ways.push_async_callback(self._entrance.aclose)
         self._gateway = self._entrance.gateway(self.name)
@@ -228,6 +228,8 @@ class ClusterRuntime:
             owner=owner,
             deploy_timeout_s=self._deploy_timeout_s,
         )
+        if not self._http_options().serves:
+            spec = msgspec.structs.replace(spec, routes=())
         version = await answer(self._controller.deploy.remote(encode(spec)))
         slow = asyncio.get_running_loop().call_later(
             SLOW_START_S, logger.info, "still starting %s", ", ".join(app.backends)
@@ -240,7 +242,7 @@ class ClusterRuntime:
 
     async def _serve_http(self, joined: Joined) -> None:
         options = self._http_options()
-        wanted = _encode_options(options) if self._http is not None else None
+        wanted = _encode_options(options) if self._http is not None and options.serves else None
         order = None
         if options.serves:
             order = ProxyOrder(
@@ -258,15 +260,14 @@ class ClusterRuntime:
         self.url = outcome.address if outcome is not None else None
 
     async def _end(self, session: Session) -> None:
-        """End the app; where this started Ray, or the app was the last, the instance too."""
+        """End the app; with the last one, and where this started Ray, the instance ends too."""
         if self._gateway is not None:
             self._gateway.directory.drain()  # what comes from here from now on is refused at once
         with contextlib.suppress(NotServing):
             if session.embedded:
                 await answer(self._controller.shutdown.remote(), None)
-            elif await answer(self._controller.delete.remote(self.name), None):
-                await answer(self._controller.shutdown.remote(), None)
-                ray.kill(self._controller, no_restart=True)
+            else:
+                await answer(self._controller.delete.remote(self.name, self._owner), None)
 
 
 def _take_signals_back() -> None:
