@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serveit.cluster.controller import MAX_OUTCOMES, Controller
-from serveit.cluster.orders import Deployed, DeployFailed, ProxyOrder, ReplicaOrder, Started, StartFailed
-from serveit.cluster.processes import ProcessDied
-from serveit.cluster.publisher import ACKNOWLEDGE_S
-from serveit.cluster.reconciler import MAX_SILENT_DEATHS
+from serveit.control.controller import MAX_OUTCOMES, Controller
+from serveit.control.orders import Deployed, DeployFailed, ProxyOrder, ReplicaOrder, Started, StartFailed
+from serveit.control.processes import ProcessDied
+from serveit.control.publisher import ACKNOWLEDGE_S
+from serveit.control.reconciler import MAX_SILENT_DEATHS
 from serveit.control.snapshot import BackendInfo, EndpointInfo, RouteInfo, Snapshot
 from serveit.control.spec import AppSpec, BackendSpec
 from serveit.exceptions import NotServing
@@ -58,7 +58,11 @@ class FakeProcess:
     def fail(self, error: BaseException) -> None:
         failure = failure_of(error, others=0, in_user_code=True)
         self.place()
-        self.outcome.set_result(StartFailed(msgspec.msgpack.encode(failure), where=self.order.id))
+        self.outcome.set_result(
+            StartFailed(
+                msgspec.msgpack.encode(failure), where=self.order.id, text=f"{failure.kind}: {failure.text}"
+            )
+        )
 
     def die(self, how: str = "SIGKILL") -> None:
         if not self.gone.done():

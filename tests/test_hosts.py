@@ -15,9 +15,9 @@ from serveit import App
 from serveit.clock import LoopClock
 from serveit.cluster import hosts
 from serveit.cluster.hosts import ProxyHost, ReplicaHost, start_failed
-from serveit.cluster.orders import ProxyOrder, ReplicaOrder, Started, StartFailed, parse_place
 from serveit.cluster.shipping import pack
 from serveit.config import HTTPOptions
+from serveit.control.orders import ProxyOrder, ReplicaOrder, Started, StartFailed, parse_place
 from serveit.control.snapshot import Snapshot
 from serveit.exceptions import NotServing
 from serveit.wire.channel import Channel, connect

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serveit.cluster.orders import (
+from serveit.control.orders import (
     Deployed,
     DeployFailed,
     Joined,

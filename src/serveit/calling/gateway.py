@@ -6,7 +6,6 @@ The base is for one process without Ray; `cluster/` has the kind that joins an i
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from typing import TYPE_CHECKING, Any, Protocol
 
 from anyio.from_thread import BlockingPortal
@@ -14,6 +13,8 @@ from anyio.from_thread import BlockingPortal
 from serveit.exceptions import NeedsRay
 
 if TYPE_CHECKING:
+    import contextlib
+
     from serveit.calling.directory import Directory
     from serveit.calling.handle import HandleOptions
     from serveit.control.snapshot import ReplicaInfo

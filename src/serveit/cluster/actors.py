@@ -17,8 +17,9 @@ import msgspec
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from serveit.cluster.controller import Controller
-from serveit.cluster.orders import (
+from serveit.cluster.session import node_address
+from serveit.control.controller import Controller
+from serveit.control.orders import (
     CONTROLLER,
     NAMESPACE,
     Joined,
@@ -31,8 +32,7 @@ from serveit.cluster.orders import (
     encode,
     place_text,
 )
-from serveit.cluster.processes import ProcessDied
-from serveit.cluster.session import node_address
+from serveit.control.processes import ProcessDied
 from serveit.control.spec import AppSpec
 from serveit.logs import configure
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from serveit.cluster.hosts import ProxyHost, ReplicaHost
-    from serveit.cluster.processes import Process
+    from serveit.control.processes import Process
     from serveit.wire.channel import Channel, Listening
     from serveit.wire.link import Receiver
 
@@ -157,7 +157,8 @@ class ControllerActor(_Actor):
         self._opening = asyncio.Lock()
 
     async def join(self) -> bytes:
-        """What a process needs to take part: an encoded Joined."""
+        """What a process needs to take part: an encoded Joined. Raises NotServing where this is ending."""
+        self._controller.check_open()
         async with self._opening:
             if not self._owners:
                 self._owners = await self._open()

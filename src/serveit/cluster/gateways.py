@@ -20,10 +20,10 @@ from anyio.from_thread import BlockingPortal
 
 from serveit.calling.gateway import Gateway, open_portal
 from serveit.calling.handle import Handle, HandleOptions
-from serveit.cluster.orders import CONTROLLER, NAMESPACE, Joined, member_name
 from serveit.cluster.refs import RayTasks
 from serveit.cluster.watch import Watch
 from serveit.config import HANDLE_QUEUE, did_you_mean
+from serveit.control.orders import CONTROLLER, NAMESPACE, Joined, member_name
 from serveit.exceptions import NotServing
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Entrance:
         self._portal = portal
         self._loop = asyncio.get_running_loop()
         self._gateways: dict[str, ClusterGateway] = {}
-        self._closed = False
+        self._is_open = self._closed = False
         self.watch: Watch
 
     async def open(self) -> None:
@@ -65,6 +65,7 @@ class Entrance:
             secret=joined.secret,
             default_queue=HANDLE_QUEUE,
         )
+        self._is_open = True
         await self.watch.open()
 
     def gateway(self, app: str) -> ClusterGateway:
@@ -82,7 +83,8 @@ class Entrance:
 
     async def aclose(self) -> None:
         self._closed = True
-        await self.watch.aclose()
+        if self._is_open:
+            await self.watch.aclose()
 
 
 # One per event loop, for handles that belong to no client; never closed but with its loop or replica.

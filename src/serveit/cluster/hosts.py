@@ -17,12 +17,12 @@ import msgspec
 
 from serveit.clock import LoopClock
 from serveit.cluster.gateways import Resolver
-from serveit.cluster.orders import Place, ProxyOrder, ReplicaOrder, Started, StartFailed, place_text
 from serveit.cluster.session import node_address
 from serveit.cluster.shipping import Shipment, find, unpack
 from serveit.cluster.watch import Watch
 from serveit.config import HTTP_QUEUE, HTTPOptions
 from serveit.context import serving
+from serveit.control.orders import Place, ProxyOrder, ReplicaOrder, Started, StartFailed, place_text
 from serveit.exceptions import ServeitError
 from serveit.logs import configure
 from serveit.running.failures import failure_of
@@ -186,7 +186,8 @@ def start_failed(error: BaseException, where: str) -> StartFailed:
     """What a start raised, as octets: whoever passes it on need not have its classes."""
     serveits = isinstance(error, ServeitError)
     failure = failure_of(error, others=0, in_user_code=not serveits)
-    return StartFailed(encode_message(failure), dump_exception(error, MAX_EXCEPTION), where)
+    pickled = dump_exception(error, MAX_EXCEPTION)
+    return StartFailed(encode_message(failure), pickled, where, f"{failure.kind}: {failure.text}")
 
 
 def settle() -> None:

@@ -22,7 +22,10 @@ from serveit.calling.gateway import open_portal
 from serveit.calling.handle import Handle
 from serveit.cluster.actors import start_controller
 from serveit.cluster.gateways import ClusterGateway, Entrance, answer, find_controller
-from serveit.cluster.orders import (
+from serveit.cluster.session import Session, open_session
+from serveit.cluster.shipping import pack
+from serveit.context import serving
+from serveit.control.orders import (
     Deployed,
     DeployFailed,
     Joined,
@@ -33,9 +36,6 @@ from serveit.cluster.orders import (
     encode,
     parse_place,
 )
-from serveit.cluster.session import Session, open_session
-from serveit.cluster.shipping import pack
-from serveit.context import serving
 from serveit.control.spec import AppSpec, app_spec
 from serveit.exceptions import NotServing
 from serveit.wire.channel import connect
@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("serveit.client")
 
+JOIN_S, JOIN_RETRY_S = 30.0, 0.2
+"""What the controller gets to start and answer, and between attempts where one is just ending."""
 SLOW_START_S = 5.0
 """A deploy that takes longer says what it waits for."""
 
@@ -106,19 +108,20 @@ class ClusterRuntime:
         if sock is not None:
             raise ValueError("sock= is for local=True: on Ray the proxies listen")
         async with contextlib.AsyncExitStack() as stack:
+            # What can be found wrong before anything is started, is.
             self._check_address()
-            session = await self._open_session(stack)
-            if self.app is None:
-                self._controller = await asyncio.to_thread(find_controller)
-            else:
-                self._controller = await asyncio.to_thread(
-                    start_controller, session.folder, not session.embedded, self._log_level
-                )
-            ways = await stack.enter_async_context(contextlib.AsyncExitStack())
+            spec = None
             if self.app is not None:
+                spec = await self._make_spec(self.app, self.name, self.prefix, self._owner)
+            session = await self._open_session(stack)
+            ways = await stack.enter_async_context(contextlib.AsyncExitStack())
+            joined = await self._join(session, ways)
+            if spec is not None:
                 # Ends first: what runs may end while the ways to it are still open.
                 stack.push_async_callback(self._end, session)
-            await self._join(ways)
+                # At the same time: each takes a process of its own.
+                await _both(self._serve_http(joined), self._deploy(spec))
+            await self._open_ways(ways)
             if self.app is not None:
                 stack.enter_context(serving(self.app, self))
             self._exit = stack.pop_all()
@@ -160,7 +163,7 @@ class ClusterRuntime:
 
     async def deploy(self, app: App, *, name: str, prefix: str) -> None:
         """Serve another app in the same instance; it stays until it is deleted."""
-        await self._deploy(app, name, prefix, owner="")
+        await self._deploy(await self._make_spec(app, name, prefix, owner=""))
 
     async def delete(self) -> None:
         """End the app, whoever started it."""
@@ -184,23 +187,46 @@ class ClusterRuntime:
 
     async def _open_session(self, stack: contextlib.AsyncExitStack) -> Session:
         begun = time.monotonic()
-        session = await asyncio.to_thread(open_session, self._address)
+        opening = asyncio.ensure_future(asyncio.to_thread(open_session, self._address))
+        try:
+            session = await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            (await opening).close()  # a start cannot be stopped in the middle
+            raise
+        stack.push_async_callback(asyncio.to_thread, session.close)
         _take_signals_back()
         if session.embedded:
             logger.info("Ray is up after %.1f s", time.monotonic() - begun)
-        stack.push_async_callback(asyncio.to_thread, session.close)
         return session
 
-    async def _join(self, ways: contextlib.AsyncExitStack) -> None:
-        joined = msgspec.msgpack.decode(await answer(self._controller.join.remote(), 30.0), type=Joined)
-        if self.app is not None:
-            await self._hold_line(joined, ways)
-            # At the same time: each takes a process of its own.
-            await _both(self._serve_http(joined), self._deploy(self.app, self.name, self.prefix, self._owner))
+    async def _join(self, session: Session, ways: contextlib.AsyncExitStack) -> Joined:
+        """Find or make the controller, and be known to it. One that is just ending is waited for."""
+        if self.app is None:
+            self._controller = await asyncio.to_thread(find_controller)
+            return await self._introduce()
+        begun = time.monotonic()
+        while True:
+            self._controller = await asyncio.to_thread(
+                start_controller, session.folder, not session.embedded, self._log_level
+            )
+            try:
+                joined = await self._introduce()
+                await self._hold_line(joined, ways)
+                return joined
+            except (NotServing, ConnectionError, FileNotFoundError):
+                if time.monotonic() - begun > JOIN_S:
+                    raise
+                await asyncio.sleep(JOIN_RETRY_S)
+
+    async def _introduce(self) -> Joined:
+        return msgspec.msgpack.decode(await answer(self._controller.join.remote(), JOIN_S), type=Joined)
+
+    async def _open_ways(self, ways: contextlib.AsyncExitStack) -> None:
+        """Handles, from this loop and from other threads."""
         portal = await open_portal(ways)
         self._entrance = Entrance("driver", portal, self._owner)
-        await self._entrance.open()
         ways.push_async_callback(self._entrance.aclose)
+        await self._entrance.open()
         self._gateway = self._entrance.gateway(self.name)
         if self.app is None:
             self.url = await answer(self._controller.url.remote())
@@ -218,7 +244,7 @@ class ClusterRuntime:
         )
         stack.callback(line.close)
 
-    async def _deploy(self, app: App, name: str, prefix: str, owner: str) -> None:
+    async def _make_spec(self, app: App, name: str, prefix: str, owner: str) -> AppSpec:
         shipment = await asyncio.to_thread(pack, app)
         spec = app_spec(
             app,
@@ -228,14 +254,14 @@ class ClusterRuntime:
             owner=owner,
             deploy_timeout_s=self._deploy_timeout_s,
         )
-        if not self._http_options().serves:
-            spec = msgspec.structs.replace(spec, routes=())
+        return spec if self._http_options().serves else msgspec.structs.replace(spec, routes=())
+
+    async def _deploy(self, spec: AppSpec) -> None:
         version = await answer(self._controller.deploy.remote(encode(spec)))
-        slow = asyncio.get_running_loop().call_later(
-            SLOW_START_S, logger.info, "still starting %s", ", ".join(app.backends)
-        )
+        names = ", ".join(backend.name for backend in spec.backends)
+        slow = asyncio.get_running_loop().call_later(SLOW_START_S, logger.info, "still starting %s", names)
         try:
-            octets = await answer(self._controller.deployed.remote(name, version), None)
+            octets = await answer(self._controller.deployed.remote(spec.name, version), None)
         finally:
             slow.cancel()
         _check(decode_deployed(octets))

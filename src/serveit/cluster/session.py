@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from serveit.cluster.orders import NAMESPACE
+from serveit.control.orders import NAMESPACE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

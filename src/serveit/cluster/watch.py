@@ -16,7 +16,7 @@ import ray
 
 from serveit.calling.directory import Directory
 from serveit.clock import DeadlineWheel, LoopClock
-from serveit.cluster.orders import parse_place
+from serveit.control.orders import parse_place
 from serveit.control.snapshot import AppInfo, Snapshot
 from serveit.exceptions import NotServing
 from serveit.observe import NullObserver

@@ -11,20 +11,17 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import msgspec
-
-from serveit.cluster.orders import Deployed, DeployFailed, ReplicaOrder, StartFailed
-from serveit.cluster.processes import ProcessDied, ended
-from serveit.cluster.replicas import Replica, RunningApp
+from serveit.control.orders import Deployed, DeployFailed, ReplicaOrder, StartFailed
 from serveit.control.plan import Stop, plan
-from serveit.wire.frames import Failure
+from serveit.control.processes import ProcessDied, ended
+from serveit.control.replicas import Replica, RunningApp
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterable
 
-    from serveit.cluster.processes import Launcher, Process
-    from serveit.cluster.publisher import Publisher
-    from serveit.cluster.replicas import Version
+    from serveit.control.processes import Launcher, Process
+    from serveit.control.publisher import Publisher
+    from serveit.control.replicas import Version
     from serveit.types import Clock
 
 logger = logging.getLogger("serveit.controller")
@@ -182,7 +179,9 @@ class Reconciler:
             )
         outcome = await process.start()
         if isinstance(outcome, StartFailed):
-            return DeployFailed(f"replica {replica.id} cannot start: {_reason(outcome)}", outcome)
+            return DeployFailed(
+                f"replica {replica.id} cannot start: {outcome.text or outcome.where}", outcome
+            )
         if replica.ending is None:
             replica.address = outcome.address
             logger.info("replica %s of app %r is ready (pid %d)", replica.id, spec.name, outcome.pid)
@@ -278,10 +277,3 @@ class Reconciler:
 async def _all(tasks: Iterable[asyncio.Task[None]]) -> None:
     if pending := list(tasks):
         await asyncio.wait(pending)
-
-
-def _reason(failed: StartFailed) -> str:
-    if not failed.failure:
-        return failed.where
-    failure = msgspec.msgpack.decode(failed.failure, type=Failure)
-    return f"{failure.kind}: {failure.text}"

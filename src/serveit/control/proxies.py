@@ -9,14 +9,14 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from serveit.cluster.orders import ProxyOrder, Started, StartFailed
-from serveit.cluster.processes import ProcessDied, backoff_s, pause
+from serveit.control.orders import ProxyOrder, Started, StartFailed
+from serveit.control.processes import ProcessDied, backoff_s, pause
 from serveit.exceptions import NotServing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from serveit.cluster.processes import Launcher, Process
+    from serveit.control.processes import Launcher, Process
     from serveit.types import Clock
 
 logger = logging.getLogger("serveit.controller")

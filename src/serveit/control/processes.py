@@ -10,7 +10,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from serveit.cluster.orders import ProxyOrder, ReplicaOrder, Started, StartFailed
+    from serveit.control.orders import ProxyOrder, ReplicaOrder, Started, StartFailed
     from serveit.types import Clock
 
 BACKOFF_S, MAX_BACKOFF_S = 0.5, 30.0

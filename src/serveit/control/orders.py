@@ -61,6 +61,8 @@ class StartFailed(msgspec.Struct, frozen=True, tag=True):
     """The exception, for the driver; empty if it does not pickle."""
     where: str = ""
     """Which replica it was."""
+    text: str = ""
+    """What was raised, in a line."""
 
 
 class Place(msgspec.Struct, frozen=True):

@@ -9,8 +9,8 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
-from serveit.cluster.orders import process_of
-from serveit.cluster.processes import ended
+from serveit.control.orders import process_of
+from serveit.control.processes import ended
 from serveit.control.snapshot import Snapshot
 
 if TYPE_CHECKING:

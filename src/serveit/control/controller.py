@@ -14,17 +14,17 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from serveit.clock import LoopClock
-from serveit.cluster.orders import Deployed, DeployFailed
-from serveit.cluster.processes import pause
-from serveit.cluster.proxies import Proxies
-from serveit.cluster.publisher import Publisher
-from serveit.cluster.reconciler import Reconciler, Surroundings
-from serveit.cluster.replicas import Replica, RunningApp, Version
+from serveit.control.orders import Deployed, DeployFailed
+from serveit.control.processes import pause
+from serveit.control.proxies import Proxies
+from serveit.control.publisher import Publisher
+from serveit.control.reconciler import Reconciler, Surroundings
+from serveit.control.replicas import Replica, RunningApp, Version
 from serveit.exceptions import NotServing
 
 if TYPE_CHECKING:
-    from serveit.cluster.orders import ProxyOrder, Started, StartFailed
-    from serveit.cluster.processes import Launcher
+    from serveit.control.orders import ProxyOrder, Started, StartFailed
+    from serveit.control.processes import Launcher
     from serveit.control.snapshot import Snapshot
     from serveit.control.spec import AppSpec
     from serveit.types import Clock
@@ -77,6 +77,11 @@ class Controller:
     def __repr__(self) -> str:
         return f"<Controller {self.snapshot.version} {list(self._apps.values())}>"
 
+    def check_open(self) -> None:
+        """Raises NotServing once the instance shuts down."""
+        if self._shutdown is not None:
+            raise NotServing("the instance is shutting down")
+
     # -- what drivers ask for ----------------------------------------------------------------
 
     def deploy(self, spec: AppSpec) -> int:
@@ -89,8 +94,7 @@ class Controller:
             ValueError: a route of it belongs to another app already.
             NotServing: the instance is shutting down.
         """
-        if self._shutdown is not None:
-            raise NotServing("the instance is shutting down")
+        self.check_open()
         self._check_routes(spec)
         self._version += 1
         version = Version(self._version, spec)

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from serveit.cluster.orders import Deployed, DeployFailed
-from serveit.cluster.processes import backoff_s
+from serveit.control.orders import Deployed, DeployFailed
 from serveit.control.plan import ReplicaState, Wanted, is_complete
+from serveit.control.processes import backoff_s
 from serveit.control.snapshot import ReplicaInfo
 
 if TYPE_CHECKING:
-    from serveit.cluster.processes import Process
+    from serveit.control.processes import Process
     from serveit.control.snapshot import AppInfo
     from serveit.control.spec import AppSpec
 
