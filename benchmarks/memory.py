@@ -19,9 +19,9 @@ NUM_EACH = 3
 NUM_CALLS, IN_FLIGHT = 1000, 10
 BARE, REPLICA = "bare Ray actor", "replica"
 NOTES = (
-    "PSS from /proc/PID/smaps_rollup: shared pages count in proportion. The median of several processes each; "
-    "every one has answered 1,000 calls, 10 at a time. The actor is a class with one `async def` method; the replica's backend is "
-    "an `async def` function.",
+    "PSS from smaps_rollup, where shared pages count in proportion. The median of several processes each; "
+    "every one has answered 1,000 calls, 10 at a time. The actor is a class with one `async def` method; the "
+    "replica's backend is an `async def` function.",
 )
 
 

@@ -24,6 +24,10 @@ def table_rows(text: str) -> list[list[str]]:
     return [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
 
 
+def figure(cell: str) -> float:
+    return float(cell.strip("*").replace(",", ""))
+
+
 def newest(name: str) -> Path:
     return max((BENCHMARKS / "results").glob(f"*-{name}.md"))
 
@@ -43,13 +47,52 @@ def test_handle_call_prints_a_table_and_writes_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not installed: apt-get install wrk")
-def test_http_noop_asks_both_servers_and_prints_the_ratio() -> None:
+def test_http_noop_asks_all_servers_and_prints_the_ratios() -> None:
     finished = run("http_noop.py", "--seconds", "1", "--rounds", "1", "--connections", "2")
     assert finished.returncode == 0, finished.stderr
     _, _, *rows = table_rows(finished.stdout)
-    assert [row[1] for row in rows] == ["uvicorn + Starlette", "serveit --local", "**serveit / bare**"]
-    assert all(float(row[2].strip("*").replace(",", "")) > 0 for row in rows)
+    assert [row[1] for row in rows] == [
+        "uvicorn + Starlette",
+        "serveit on Ray",
+        "serveit --local",
+        "**serveit on Ray / bare**",
+        "**serveit --local / bare**",
+    ]
+    assert all(figure(row[2]) > 0 for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_ray_calls_compares_three_ways() -> None:
+    finished = run("ray_calls.py", "--seconds", "1", "--rounds", "1")
+    assert finished.returncode == 0, finished.stderr
+    _, _, *rows = table_rows(finished.stdout)
+    ways = ["plain actor call", "handle.call", "handle.remote, awaited"]
+    ratios = [f"**{way} / plain**" for way in ways[1:]]
+    assert [row[1] for row in rows] == [*ways, *ratios] * 2
+    assert all(figure(row[2]) > 0 for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_startup_tells_rays_share() -> None:
+    finished = run("startup.py", "--rounds", "1")
+    assert finished.returncode == 0, finished.stderr
+    _, _, on_ray, local = table_rows(finished.stdout)
+    assert on_ray[0] == "serveit run" and local[0] == "serveit run --local"
+    assert figure(on_ray[1]) == pytest.approx(figure(on_ray[2]) + figure(on_ray[3]), abs=0.02)
+    assert figure(local[1]) < figure(on_ray[1])
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_memory_compares_a_replica_with_an_actor() -> None:
+    finished = run("memory.py")
+    assert finished.returncode == 0, finished.stderr
+    _, _, actor, replica, difference = table_rows(finished.stdout)
+    assert figure(difference[1]) == pytest.approx(figure(replica[1]) - figure(actor[1]), abs=0.11)
 
 
 def test_http_noop_says_what_is_missing(tmp_path: Path) -> None:
@@ -58,7 +101,7 @@ def test_http_noop_says_what_is_missing(tmp_path: Path) -> None:
     assert "apt-get install wrk" in finished.stderr
 
 
-@pytest.mark.parametrize("name", ["http_noop", "handle_call"])
+@pytest.mark.parametrize("name", ["http_noop", "handle_call", "ray_calls", "startup", "memory"])
 def test_readme_shows_the_newest_results(name: str) -> None:
     readme = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
     assert newest(name).name in readme

@@ -56,7 +56,19 @@ class Directory:
         wheel: DeadlineWheel,
         observer: Observer,
         rng: random.Random | None = None,
+        replaced: bool = False,
     ) -> None:
+        """
+        Args:
+            app: its name.
+            default_queue: `max_queued_requests` where a backend names none.
+            connect: makes links to replicas.
+            clock: of deadlines.
+            wheel: of deadlines, on the same clock.
+            observer: told what happens in routers.
+            rng: of choices by weight and of replicas.
+            replaced: whether others come in the place of replicas that go away: then requests wait for them.
+        """
         self.app = app
         self.clock = clock
         self._random = rng or random.Random()
@@ -74,6 +86,7 @@ class Directory:
             wheel=wheel,
             observer=observer,
             rng=self._random,
+            replaced=replaced,
         )
 
     def __repr__(self) -> str:

@@ -62,7 +62,7 @@ class Router:
     (who waits, oldest first: exactly the exchanges in phase WAITING, and the context of the code that
     waits for them), `_ending` (all replicas that the snapshot names are going away), `_guarded` (only
     running requests may still call), `_closed` (nobody may), `_hinted` (the hint at `num_threads` has
-    been given).
+    been given). With `replaced` others come in the place of replicas that go away.
     """
 
     def __init__(
@@ -75,8 +75,10 @@ class Router:
         wheel: DeadlineWheel,
         observer: Observer,
         rng: random.Random | None = None,
+        replaced: bool = False,
     ) -> None:
         self.info = info
+        self._replaced = replaced
         self.now = clock.time
         self._default_queue = default_queue
         self._connect = connect
@@ -135,11 +137,7 @@ class Router:
                 self._forget(connection)
             else:
                 connection.adjust(limit, prefetch)
-        new = [
-            Connection(replica, limit, prefetch, self)
-            for replica in info.replicas
-            if replica.id not in self._connections
-        ]
+        new = [Connection(r, limit, prefetch, self) for r in info.replicas if r.id not in self._connections]
         # Known before they are connected: an update that overlaps this one leaves them alone.
         self._connections.update((connection.replica.id, connection) for connection in new)
         self._ring = list(self._connections.values())
@@ -267,7 +265,9 @@ class Router:
     def _look_for_end(self) -> None:
         """Where no replica is left that takes requests, and none is to come, there is nothing to wait for."""
         known = [self._connections.get(replica.id) for replica in self.info.replicas]
-        self._ending = bool(known) and all(one is not None and one.draining for one in known)
+        self._ending = (
+            bool(known) and not self._replaced and all(one is not None and one.draining for one in known)
+        )
         if self._ending:
             self._end_waiting(list(self._queue))
 

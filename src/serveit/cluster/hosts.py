@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("serveit.replica")
 
 MAX_EXCEPTION = 1024 * 1024
+LAST_WORDS_S = 0.05
 PROXY_ROLE, REPLICA_ROLE, DRIVER_ROLE = "proxy", "replica", "driver"
 
 
@@ -114,9 +115,7 @@ class ReplicaHost:
 
     async def aclose(self, timeout_s: float) -> None:
         """Take nothing new, let what runs end, close the user's object and the channels."""
-        for door in self._doors:
-            for channel in door.channels:
-                channel.send(FrameType.GOAWAY, 0)
+        self._say_goaway()
         await self.replica.drain(timeout_s)
         await self.replica.aclose()
         for door in self._doors:
@@ -125,10 +124,16 @@ class ReplicaHost:
 
     def _leave(self, error: BaseException) -> None:
         """User code raised SystemExit or KeyboardInterrupt: the process ends, once the answers of this tick
-        are out. Its callers see it go now, and send no more."""
+        are out. What still comes is refused, and goes to the one in its place."""
+        self._say_goaway()
         loop = asyncio.get_running_loop()
-        self._closing = [loop.create_task(door.aclose()) for door in self._doors]
-        loop.call_later(0.05, os._exit, 1)
+        self._leaving = loop.create_task(self.replica.drain(0.0))
+        loop.call_later(LAST_WORDS_S, os._exit, 1)
+
+    def _say_goaway(self) -> None:
+        for door in self._doors:
+            for channel in door.channels:
+                channel.send(FrameType.GOAWAY, 0)
 
     def status(self) -> dict[str, Any]:
         statistics = self.replica.statistics()

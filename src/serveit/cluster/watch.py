@@ -173,6 +173,7 @@ class Watch:
             clock=self.clock,
             wheel=self._wheel,
             observer=NullObserver(),
+            replaced=True,
         )
 
     async def _connect(self, info: ReplicaInfo, receiver: Receiver) -> Link:
