@@ -26,7 +26,8 @@ PLAIN, CALL, REMOTE = "plain actor call", "handle.call", "handle.remote, awaited
 NOTES = (
     "Medians of all rounds. The caller (uvloop) and what it calls are processes on one machine; the function "
     "is an `async def` that returns its argument, an int. At 100 in flight 100 tasks each make one call "
-    "after the other. The plain actor is `@ray.remote(max_concurrency=1000)` with the same function as a method.",
+    "after the other. The plain actor is `@ray.remote(max_concurrency=1000)` with the same function as a "
+    "method.",
     "Each way is measured in turns within a round, in one run.",
 )
 

@@ -335,7 +335,7 @@ def test_an_address_in_use_is_found_before_ray_starts(folder: Path, home: Path) 
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize("address", ["nonsense", "127.0.0.1:no-port"])
+@pytest.mark.parametrize("address", ["nonsense", "127.0.0.1:no-port", "127.0.0.1:1"])
 def test_no_cluster_at_the_address(folder: Path, home: Path, address: str) -> None:
     text = refused(folder, "constructor", "--address", address)
     assert text.startswith(f"Error: no Ray cluster at {address!r}: ") and len(text.splitlines()) == 1

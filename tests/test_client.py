@@ -381,7 +381,7 @@ async def test_a_stop_says_what_it_waits_for(caplog: pytest.LogCaptureFixture) -
         call = asyncio.ensure_future(client.get_handle("slow").call())
         await begun.wait()
         await _say_what_is_waited_for(client)
-        assert caplog.messages == ["stopping once 1 running requests have ended; Ctrl-C again stops at once"]
+        assert caplog.messages == ["stopping once 1 running request has ended; Ctrl-C again stops at once"]
         gate.set()
         await call
 

@@ -28,6 +28,7 @@ import serveit
 from serveit import App, testing
 from serveit.calling.exchange import Answer
 from serveit.config import HTTPOptions
+from serveit.control.snapshot import Snapshot
 from serveit.exceptions import ImportFailed
 from serveit.local import LocalRuntime
 from serveit.web.ingress import _pass_on, route_path
@@ -1250,3 +1251,12 @@ async def test_what_does_not_end_in_time_is_a_503_or_cut(gated: tuple[App, Gate]
         assert await streaming.rest() == b"5\r\nfirst\r\n"
         await wait_until(lambda: gate.ends == ["cancelled"], 5, "it is cancelled")
     await runtime.aclose()
+
+
+async def test_before_the_first_app_is_there_clients_are_told_to_come_again() -> None:
+    async with testing.local(App()) as client:
+        assert (await client.http.get("/x")).status_code == 404
+        client.runtime.ingress.update(Snapshot((0, 2), ()))
+        answer = await client.http.get("/x")
+    assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
+    assert "starting or stopping" in answer.json()["detail"]

@@ -182,9 +182,12 @@ class TestOthers:
         with pytest.raises(RuntimeError, match=f"cluster at {GCS} already, not to 'else:1'"):
             open_session("else:1")
 
-    def test_one_is_joined_and_left(self, fake: FakeRay, home: Path) -> None:
-        opened = open_session(GCS)
-        assert fake.calls[0]["address"] == GCS
+    @pytest.mark.parametrize("form", ["{}:{}", "ray://{}:{}"])
+    def test_one_is_joined_and_left(self, fake: FakeRay, home: Path, form: str) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as gcs:
+            address = form.format(*gcs.getsockname())
+            opened = open_session(address)
+        assert fake.calls[0]["address"] == address
         assert not opened.embedded
         assert not (home / ".ray").exists()
         opened.close()
@@ -193,8 +196,13 @@ class TestOthers:
     @pytest.mark.parametrize("error", [ConnectionError("nobody there"), ValueError("no such form")])
     def test_none_at_the_address(self, error: Exception, fake: FakeRay) -> None:
         fake.refuses = error
-        with pytest.raises(ConnectionError, match="no Ray cluster at 'else:1': no.*ray start --head"):
-            open_session("else:1")
+        with pytest.raises(ConnectionError, match="no Ray cluster at 'auto': no.*ray start --head"):
+            open_session("auto")
+
+    def test_where_nobody_listens_ray_is_not_asked(self, fake: FakeRay) -> None:
+        with pytest.raises(ConnectionError, match="no Ray cluster at '127.0.0.1:1': .*refused; `ray start"):
+            open_session("127.0.0.1:1")
+        assert fake.calls == []
 
 
 class TestSweep:

@@ -15,6 +15,7 @@ from anyio.from_thread import start_blocking_portal
 from serveit.config import BackendConfig, HTTPOptions, did_you_mean
 from serveit.declare.app import App
 from serveit.declare.traffic import parse_traffic
+from serveit.exceptions import NotServing
 from serveit.signals import StopSignals
 
 if TYPE_CHECKING:
@@ -441,11 +442,15 @@ async def _serve_until_stopped(
 
 
 async def _say_what_is_waited_for(client: Client) -> None:
-    status = await client.status()
+    try:
+        status = await client.status()
+    except NotServing:  # the controller is gone
+        return
     replicas = [replica for backend in status["backends"].values() for replica in backend.values()]
     count = sum(replica.get("running", 0) + replica.get("waiting", 0) for replica in replicas)
     if count:
-        logger.info("stopping once %d running requests have ended; Ctrl-C again stops at once", count)
+        requests = "1 running request has" if count == 1 else f"{count} running requests have"
+        logger.info("stopping once %s ended; Ctrl-C again stops at once", requests)
 
 
 @contextlib.contextmanager

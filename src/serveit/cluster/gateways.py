@@ -100,8 +100,8 @@ async def enter(role: str = "driver", portal: BlockingPortal | None = None, name
     opened = _entrances.get(loop)
     if opened is None:
         opened = _entrances[loop] = loop.create_future()
-        entrance = Entrance(role, portal, name)
         try:
+            entrance = Entrance(role, portal, name)
             await entrance.open()
         except BaseException as error:
             del _entrances[loop]

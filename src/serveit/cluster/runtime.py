@@ -109,7 +109,7 @@ class ClusterRuntime:
             raise ValueError("sock= is for local=True: on Ray the proxies listen")
         async with contextlib.AsyncExitStack() as stack:
             # What can be found wrong before anything is started, is.
-            self._check_address()
+            self._check_http()
             spec = None
             if self.app is not None:
                 spec = await self._make_spec(self.app, self.name, self.prefix, self._owner)
@@ -171,8 +171,10 @@ class ClusterRuntime:
 
     # -- starting ----------------------------------------------------------------------------
 
-    def _check_address(self) -> None:
+    def _check_http(self) -> None:
         """Find out that the port is taken before anything is started, where that can be known here."""
+        if self._http_options().location == "EveryNode":
+            raise ValueError("location='EveryNode' is not there yet: 'HeadOnly' serves on the head node")
         if self.app is not None and self._address is None and not ray.is_initialized():
             options = self._http_options()
             if options.serves:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("serveit.session")
 
 HINT_S = 0.2
+REACH_S = 5.0
+"""What a cluster's address gets to accept a connection."""
 YOUNG_S = 10.0
 """What a process gets between making its socket and listening on it."""
 
@@ -78,6 +80,7 @@ def open_session(address: str | None = None) -> Session:
             )
         return Session(embedded=False, joined=False)
     if address is not None:
+        _check_reachable(address)
         try:
             ray.init(address=address, namespace=NAMESPACE, logging_level=logging.ERROR)
         except (ConnectionError, ValueError) as error:
@@ -97,6 +100,24 @@ def open_session(address: str | None = None) -> Session:
             logging_level=logging.ERROR,
         )
     return Session(embedded=True, joined=False)
+
+
+def _check_reachable(address: str) -> None:
+    """Ray would try for minutes, and say what it tries on stderr.
+
+    Raises:
+        ConnectionError: nobody listens at "host:port". Other forms are left to Ray.
+    """
+    host, colon, port = address.rpartition(":")
+    if not colon or "/" in address or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S).close()
+    except OSError as error:
+        raise ConnectionError(
+            f"no Ray cluster at {address!r}: {error.strerror or error}; `ray start --head` starts one, "
+            "and without an address serveit starts its own"
+        ) from None
 
 
 def node_address() -> str:
@@ -123,7 +144,9 @@ def _environment() -> Iterator[None]:
 
 def _make_token() -> None:
     """Ray protects an embedded cluster by a token, and would leave it in a file that everybody can read."""
-    if "RAY_AUTH_MODE" in os.environ or os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
+    if os.environ.get("RAY_AUTH_MODE", "token") != "token":
+        return
+    if os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
         return
     path = Path.home() / ".ray" / "auth_token"
     with contextlib.suppress(OSError):  # what cannot be made here is Ray's to report

@@ -80,7 +80,7 @@ class Ingress:
 
     def update(self, snapshot: Snapshot) -> None:
         self.table = RouteTable(snapshot.apps)
-        self.ready = True
+        self.ready = bool(snapshot.apps)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -142,6 +142,9 @@ class Ingress:
             allow = ", ".join(found.allow)
             detail = f"{method} is not among the methods of {shown}: {allow}"
             return problem(405, detail, headers=[(b"allow", allow.encode())])
+        if not self.ready:
+            headers = [(b"retry-after", b"1")]
+            return problem(503, f"no route takes the path {shown} now: starting or stopping", headers=headers)
         return problem(404, f"no route takes the path {shown}; GET /-/routes lists the routes")
 
     async def _read_body(self, head: Head, receive: Receive, presence: Presence) -> bytes:
