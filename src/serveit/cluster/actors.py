@@ -152,7 +152,7 @@ class ControllerActor(_Actor):
         self._controller = Controller(
             RayLauncher(), folder=folder, secret=self._secret, over_tcp=over_tcp, log_level=log_level
         )
-        self._owners: str = ""
+        self._lines: str = ""
         self._doors: list[Listening] = []
         self._opening = asyncio.Lock()
 
@@ -160,18 +160,20 @@ class ControllerActor(_Actor):
         """What a process needs to take part: an encoded Joined. Raises NotServing where this is ending."""
         self._controller.check_open()
         async with self._opening:
-            if not self._owners:
-                self._owners = await self._open()
-        return encode(Joined(self._secret, self._owners))
+            if not self._lines:
+                self._lines = await self._open()
+        return encode(Joined(self._secret, self._lines))
 
     async def _open(self) -> str:
-        """Listen for drivers that own apps."""
+        """Listen for those whose end is to be known."""
         from serveit.wire.channel import listen
 
         def accept(channel: Channel) -> Receiver:
-            owner = str(channel.peer.extra.get("owner", ""))
+            member, owner = (str(channel.peer.extra.get(key, "")) for key in ("member", "owner"))
+            if member:
+                return Line(partial(self.forget, member))
             self._controller.owner_joined(owner)
-            return OwnerLine(partial(self._owner_lost, owner))
+            return Line(partial(self._owner_lost, owner))
 
         unix = f"unix:{self._folder}/controller-{os.getpid()}.sock"
         # Kept: uvloop closes a server that nobody holds.
@@ -237,8 +239,8 @@ class ControllerActor(_Actor):
             asyncio.get_running_loop().call_later(LAST_WORDS_S, os._exit, 0)
 
 
-class OwnerLine:
-    """A driver's connection, whose end is the end of the apps that the driver owns."""
+class Line:
+    """A connection that tells of somebody's end."""
 
     def __init__(self, on_lost: Callable[[], Coroutine[Any, Any, None]]) -> None:
         self._on_lost = on_lost

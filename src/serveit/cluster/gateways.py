@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import secrets
 import threading
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
@@ -23,11 +25,14 @@ from serveit.calling.handle import Handle, HandleOptions
 from serveit.cluster.refs import RayTasks
 from serveit.cluster.watch import Watch
 from serveit.config import HANDLE_QUEUE, did_you_mean
-from serveit.control.orders import CONTROLLER, NAMESPACE, Joined, member_name
+from serveit.control.orders import CONTROLLER, NAMESPACE, Joined, parse_place
 from serveit.exceptions import NotServing
+from serveit.wire.channel import connect
 
 if TYPE_CHECKING:
     from serveit.declare.app import App
+    from serveit.wire.channel import Channel
+    from serveit.wire.frames import Frame
 
 CONTROL_S = 5.0
 """What the controller gets to answer."""
@@ -39,15 +44,13 @@ class Entrance:
     All mutable state: `_gateways` (by app), `_closed`, and what `open` makes.
     """
 
-    def __init__(self, role: str, portal: BlockingPortal | None = None, name: str = "") -> None:
+    def __init__(self, role: str, portal: BlockingPortal | None = None) -> None:
         """
         Args:
             role: of this process on its channels.
             portal: the way to this loop from other threads.
-            name: of this process: a replica's, a driver's; its watches are forgotten when it is gone.
         """
         self._role = role
-        self._name = name
         self._portal = portal
         self._loop = asyncio.get_running_loop()
         self._gateways: dict[str, ClusterGateway] = {}
@@ -58,12 +61,17 @@ class Entrance:
         """Join the instance. Raises NotServing where there is none."""
         controller = await asyncio.to_thread(find_controller)
         joined = msgspec.msgpack.decode(await answer(controller.join.remote()), type=Joined)
+        member = f"{self._role}-{os.getpid()}-{secrets.token_hex(4)}"
+        line = None
+        with contextlib.suppress(OSError):  # without it the controller waits longer for who is gone
+            line = await hold_line(joined, self._role, member=member)
         self.watch = Watch(
             controller,
-            member=member_name(self._role, self._name),
+            member=member,
             role=self._role,
             secret=joined.secret,
             default_queue=HANDLE_QUEUE,
+            line=line,
         )
         self._is_open = True
         await self.watch.open()
@@ -73,7 +81,7 @@ class Entrance:
         if self._closed:
             raise NotServing(f"the client of app {app!r} has been shut down")
         gateway = self._gateways.get(app)
-        if gateway is not None and not gateway.closed:
+        if gateway is not None and not gateway.directory.closed:
             return gateway
         if app not in self.watch.directories:
             known = sorted(self.watch.directories)
@@ -81,17 +89,45 @@ class Entrance:
         gateway = self._gateways[app] = ClusterGateway(self, app, self._loop, self._portal)
         return gateway
 
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
     async def aclose(self) -> None:
         self._closed = True
         if self._is_open:
             await self.watch.aclose()
 
 
+class _Silent:
+    """This end of a line: nothing is said on it."""
+
+    def frame_received(self, frame: Frame) -> None: ...
+
+    def link_lost(self, error: BaseException | None) -> None: ...
+
+
+async def hold_line(joined: Joined, role: str, **who: str) -> Channel:
+    """A connection to the controller, whose end tells it that a watcher or an owner of apps is gone.
+
+    Args:
+        joined: what the controller told.
+        role: of this process.
+        who: "member", a watcher's name, or "owner".
+    """
+    place = parse_place(joined.lines)
+    near = place.node == ray.get_runtime_context().get_node_id()
+    address = place.unix if near else place.tcp
+    if not address:
+        raise OSError("the controller is on another node and listens on none of its addresses")
+    return await connect(address, _Silent(), role=role, secret=joined.secret, extra=who)
+
+
 # One per event loop, for handles that belong to no client; never closed but with its loop or replica.
 _entrances: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Future[Entrance]] = WeakKeyDictionary()
 
 
-async def enter(role: str = "driver", portal: BlockingPortal | None = None, name: str = "") -> Entrance:
+async def enter(role: str = "driver", portal: BlockingPortal | None = None) -> Entrance:
     """The running event loop's entrance, opened if it has none; whoever comes meanwhile waits for it.
 
     The arguments are `Entrance`'s.
@@ -101,7 +137,7 @@ async def enter(role: str = "driver", portal: BlockingPortal | None = None, name
     if opened is None:
         opened = _entrances[loop] = loop.create_future()
         try:
-            entrance = Entrance(role, portal, name)
+            entrance = Entrance(role, portal)
             await entrance.open()
         except BaseException as error:
             del _entrances[loop]
@@ -115,13 +151,10 @@ async def enter(role: str = "driver", portal: BlockingPortal | None = None, name
 class Elsewhere(Gateway):
     """A gateway that has not been entered: each event loop finds its own behind it."""
 
-    def __init__(
-        self, app: str, role: str = "driver", portal: BlockingPortal | None = None, process: str = ""
-    ) -> None:
+    def __init__(self, app: str, role: str = "driver", portal: BlockingPortal | None = None) -> None:
         self.app = app
         self.tasks = None
         self._role = role
-        self._process = process
         self._portal = portal
 
     @property
@@ -136,7 +169,7 @@ class Elsewhere(Gateway):
         return False
 
     async def enter(self, who: object) -> Gateway:
-        return (await enter(self._role, self._portal, self._process)).gateway(self.app)
+        return (await enter(self._role, self._portal)).gateway(self.app)
 
     def reduce(self, name: str, options: HandleOptions, *, sync: bool) -> tuple[Any, ...]:
         return reduce_handle(self.app, name, options, sync)
@@ -156,7 +189,8 @@ class ClusterGateway(Elsewhere):
 
     @property
     def closed(self) -> bool:
-        return self.directory.closed
+        """An app that was deleted may be there again; then `enter` finds it."""
+        return self._entrance.closed
 
     def is_here(self) -> bool:
         return asyncio.get_running_loop() is self.loop and not self.directory.closed
@@ -170,11 +204,10 @@ class ClusterGateway(Elsewhere):
 class Resolver:
     """Where the code of a replica finds handles: its own app's, by the names that the app has."""
 
-    def __init__(self, app: App, name: str, role: str, replica: str) -> None:
+    def __init__(self, app: App, name: str, role: str) -> None:
         self.app = app
         self._name = name
         self._role = role
-        self._replica = replica
         self._exit = contextlib.AsyncExitStack()
         self._portal: BlockingPortal | None = None
         self._loop = asyncio.get_running_loop()
@@ -189,8 +222,7 @@ class Resolver:
             raise KeyError(
                 f"app {self._name!r} has no backend or endpoint {name!r}: {did_you_mean(name, known)}"
             )
-        elsewhere = Elsewhere(self._name, self._role, self._portal, f"{self._name}/{self._replica}")
-        handle: Handle[..., Any] = Handle(elsewhere, name)
+        handle: Handle[..., Any] = Handle(Elsewhere(self._name, self._role, self._portal), name)
         return handle.sync if sync else handle
 
     async def aclose(self) -> None:

@@ -76,7 +76,7 @@ class ReplicaHost:
         app = unpack(shipment)
         backend = find(app, order.backend, shipment)
         loop = asyncio.get_running_loop()
-        resolver = Resolver(app, order.app, REPLICA_ROLE, order.id)
+        resolver = Resolver(app, order.app, REPLICA_ROLE)
         await resolver.open()
         self._exit.push_async_callback(resolver.aclose)
         self._exit.enter_context(serving(app, resolver))

@@ -21,7 +21,7 @@ import ray
 from serveit.calling.gateway import open_portal
 from serveit.calling.handle import Handle
 from serveit.cluster.actors import start_controller
-from serveit.cluster.gateways import ClusterGateway, Entrance, answer, find_controller
+from serveit.cluster.gateways import ClusterGateway, Entrance, answer, find_controller, hold_line
 from serveit.cluster.session import Session, open_session
 from serveit.cluster.shipping import pack
 from serveit.context import serving
@@ -34,11 +34,9 @@ from serveit.control.orders import (
     StartFailed,
     decode_deployed,
     encode,
-    parse_place,
 )
 from serveit.control.spec import AppSpec, app_spec
 from serveit.exceptions import NotServing
-from serveit.wire.channel import connect
 from serveit.wire.frames import Failure
 from serveit.wire.pickles import load_exception
 
@@ -213,7 +211,8 @@ class ClusterRuntime:
             )
             try:
                 joined = await self._introduce()
-                await self._hold_line(joined, ways)
+                line = await hold_line(joined, "driver", owner=self._owner)
+                ways.callback(line.close)
                 return joined
             except (NotServing, ConnectionError, FileNotFoundError):
                 if time.monotonic() - begun > JOIN_S:
@@ -226,25 +225,12 @@ class ClusterRuntime:
     async def _open_ways(self, ways: contextlib.AsyncExitStack) -> None:
         """Handles, from this loop and from other threads."""
         portal = await open_portal(ways)
-        self._entrance = Entrance("driver", portal, self._owner)
+        self._entrance = Entrance("driver", portal)
         ways.push_async_callback(self._entrance.aclose)
         await self._entrance.open()
         self._gateway = self._entrance.gateway(self.name)
         if self.app is None:
             self.url = await answer(self._controller.url.remote())
-
-    async def _hold_line(self, joined: Joined, stack: contextlib.AsyncExitStack) -> None:
-        """The connection whose end is the app's."""
-        place = parse_place(joined.owners)
-        near = place.node == ray.get_runtime_context().get_node_id()
-        line = await connect(
-            place.unix if near else place.tcp,
-            _Silent(),
-            role="driver",
-            secret=joined.secret,
-            extra={"owner": self._owner},
-        )
-        stack.callback(line.close)
 
     async def _make_spec(self, app: App, name: str, prefix: str, owner: str) -> AppSpec:
         shipment = await asyncio.to_thread(pack, app)
@@ -319,14 +305,6 @@ async def _both(first: Coroutine[Any, Any, None], second: Coroutine[Any, Any, No
 def _check(outcome: Deployed | DeployFailed) -> None:
     if isinstance(outcome, DeployFailed):
         raise _error(outcome.cause) if outcome.cause is not None else NotServing(outcome.text)
-
-
-class _Silent:
-    """The driver's end of its line: nothing is said on it."""
-
-    def frame_received(self, frame: Any) -> None: ...
-
-    def link_lost(self, error: BaseException | None) -> None: ...
 
 
 def _encode_options(options: HTTPOptions) -> bytes:

@@ -50,6 +50,7 @@ class Watch:
         secret: bytes,
         default_queue: int,
         on_snapshot: Callable[[Snapshot], None] | None = None,
+        line: Link | None = None,
     ) -> None:
         """
         Args:
@@ -59,6 +60,7 @@ class Watch:
             secret: the instance's, for channels between nodes.
             default_queue: `max_queued_requests` where a backend names none.
             on_snapshot: called when a snapshot has been taken in.
+            line: to the controller, which forgets this watcher when it is closed; its end is this one's.
         """
         self.clock = LoopClock()
         self.directories: dict[str, Directory] = {}
@@ -69,6 +71,7 @@ class Watch:
         self._secret = secret
         self._default_queue = default_queue
         self._on_snapshot = on_snapshot
+        self._line = line
         self._wheel = DeadlineWheel(self.clock)
         self._node = ray.get_runtime_context().get_node_id()
         self._infos: dict[str, AppInfo] = {}
@@ -105,6 +108,8 @@ class Watch:
         for directory in self.directories.values():
             directory.close()
         self._wheel.close()
+        if self._line is not None:
+            self._line.close()
 
     # -- following ---------------------------------------------------------------------------
 

@@ -212,7 +212,6 @@ class Controller:
     def owner_left(self, owner: str) -> None:
         """It has ended its apps itself."""
         self._owners.pop(owner, None)
-        self._publisher.forget_process(owner)
 
     async def owner_lost(self, owner: str, grace_s: float) -> None:
         """Its connection is gone; without another in so long its apps are deleted."""
@@ -225,7 +224,6 @@ class Controller:
             return
         self._owners.pop(owner, None)
         self._losses.pop(owner, None)
-        self._publisher.forget_process(owner)
         names = [app.name for app in self._apps.values() if app.target.spec.owner == owner]
         for name in names:
             logger.warning("the driver of app %r is gone: deleting the app", name)

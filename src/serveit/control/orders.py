@@ -5,8 +5,6 @@ What only replicas and drivers unpickle (the app by value, an exception) travels
 
 from __future__ import annotations
 
-import secrets
-
 import msgspec
 
 NAMESPACE = "serveit"
@@ -77,8 +75,8 @@ class Joined(msgspec.Struct, frozen=True):
     """What the controller tells a process that joins the instance."""
 
     secret: bytes
-    owners: str
-    """Where drivers that own apps hold their connection: an encoded `Place`."""
+    lines: str
+    """Where watchers and owners of apps hold a connection, that tells of their end: an encoded `Place`."""
 
 
 class Deployed(msgspec.Struct, frozen=True, tag=True):
@@ -114,13 +112,3 @@ def place_text(place: Place) -> str:
 
 def parse_place(text: str) -> Place:
     return msgspec.json.decode(text, type=Place)
-
-
-def member_name(role: str, process: str) -> str:
-    """A watcher's: one of its own, and its process's, which is known when that is gone."""
-    return f"{role}:{secrets.token_hex(4)}:{process}"
-
-
-def process_of(member: str) -> str:
-    """The process's part of a member's name; all of it where there is none."""
-    return member.split(":", 2)[-1]

@@ -9,7 +9,6 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
-from serveit.control.orders import process_of
 from serveit.control.processes import ended
 from serveit.control.snapshot import Snapshot
 
@@ -62,11 +61,6 @@ class Publisher:
         """The member watches no longer."""
         self._seen.pop(member, None)
         self._move()
-
-    def forget_process(self, name: str) -> None:
-        """A process is gone, and all its watches."""
-        for member in [member for member in self._seen if process_of(member) == name]:
-            self.forget(member)
 
     async def acknowledged(self, version: tuple[int, int]) -> None:
         """Wait until every watcher has taken in this snapshot or a later one; not for ever."""

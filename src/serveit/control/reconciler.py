@@ -148,7 +148,6 @@ class Reconciler:
         self.reconcile(app)
         assert replica.process is not None, "it has started"
         how = await replica.process.death()
-        self._publisher.forget_process(f"{app.name}/{replica.id}")
         if replica.ending is None:
             del app.replicas[replica.id]
             logger.error("replica %s of app %r died: %s", replica.id, app.name, how)

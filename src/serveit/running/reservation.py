@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from serveit.exceptions import RemoteError, ReplicaDied
 from serveit.running.calljob import check_item, raisable, send_error
-from serveit.running.failures import text_of
+from serveit.running.failures import text_of, user_traceback
 from serveit.running.job import Job, JobState, Lane
+from serveit.wire.pickles import dump_exception
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from serveit.types import Timer
     from serveit.wire.frames import Reserve
 
+MAX_EXCEPTION = 1024 * 1024
 TELL_S = 0.002
 """How long the news of a free slot may wait for company."""
 
@@ -92,8 +94,8 @@ class Reservation(Job):
         if not self.claimed:
             send_error(self, error)
             return
-        if not raisable(error):
-            error = RemoteError(f"{type(error).__qualname__}: {text_of(error)}", "")
+        if not raisable(error) or not dump_exception(error, MAX_EXCEPTION):
+            error = RemoteError(f"{type(error).__qualname__}: {text_of(error)}", user_traceback(error))
         if not self.outcome.done():
             self.outcome.set_exception(error)
             self.outcome.exception()  # counts as seen: the task may be gone
