@@ -158,6 +158,11 @@ class Single(_Mortal):
     pass
 
 
+@mortals.route("/raise")
+async def raising() -> None:
+    raise OwnError("it went wrong")
+
+
 # -- what comes and goes -------------------------------------------------------------------------
 
 first, second, broken = App(), App(), App()

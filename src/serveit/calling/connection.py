@@ -230,7 +230,8 @@ class Connection:
             exchange.phase = Phase.DONE
         else:
             exchange.phase = Phase.ANSWERING
-            inflow = self._inflows[stream] = Inflow(self._open_link, stream)
+            if exchange.frame_type != FrameType.RESERVE:  # nothing but the end follows a RESERVED
+                inflow = self._inflows[stream] = Inflow(self._open_link, stream)
         self._dispatcher.answered(exchange)
         exchange.succeed(Answer(message, flags, frame.body, inflow))
         if flags & END:
@@ -306,7 +307,7 @@ class Connection:
         inflow = self._inflows.get(stream)
         if inflow is not None:
             inflow.received(frame.body, frame.flags)
-        elif exchange is not None:
+        elif exchange is not None and exchange.phase < Phase.ANSWERING:
             raise ProtocolError("DATA before the head of its answer")
         if frame.flags & END:
             self._inflows.pop(stream, None)

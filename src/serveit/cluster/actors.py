@@ -94,10 +94,15 @@ class ReplicaActor(_Actor):
             self._host = host
         return encode(outcome)
 
-    async def run(self, reserved: str, *args: Any, **kwargs: Any) -> Any:
-        """The task of a slot that was reserved."""
+    async def run(self, reserved: list[Any]) -> Any:
+        """The task of a slot that was reserved: its request id, arguments, and named arguments."""
         assert self._host is not None, "only started replicas are published"
-        return await self._host.reservations.run(reserved, args, kwargs)
+        request_id, args, kwargs = reserved
+        return await self._host.reservations.run(request_id, tuple(args), kwargs)
+
+    async def run_with_refs(self, serveit_request_id: str, *args: Any, **kwargs: Any) -> Any:
+        """The same, spread out, so that Ray puts the values of ObjectRefs in their places."""
+        return await self.run([serveit_request_id, args, kwargs])
 
     @control
     async def idle(self, timeout_s: float) -> None:

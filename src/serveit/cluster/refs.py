@@ -57,7 +57,10 @@ class RayTasks:
             name = f"{self._app}/{replica.id}"
             actor = await asyncio.to_thread(ray.get_actor, name, namespace=NAMESPACE)
             self._actors[replica.id] = actor
-        return actor.run.remote(request_id, *args, **kwargs)
+        if self.are_among(args, kwargs):
+            return actor.run_with_refs.remote(request_id, *args, **kwargs)
+        # As one list of lists, which costs Ray less than an argument more.
+        return actor.run.remote([request_id, [*args], kwargs])
 
 
 class _Waiter:

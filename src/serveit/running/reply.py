@@ -128,9 +128,13 @@ class Reply:
         self.outflow = Outflow(self.link, self.stream)
 
     def reserved(self) -> None:
-        """The slot is held; `finish` tells that it is free again."""
+        """The slot is held; `release` tells that it is free again."""
         self.link.send(FrameType.RESERVED, self.stream, encode_message(Reserved(self.others())))
-        self.outflow = Outflow(self.link, self.stream)
+
+    def release(self) -> None:
+        """The slot that was held is free."""
+        self.link.send(FrameType.DATA, self.stream, flags=END)
+        self._end()
 
     async def push(self, buffers: Sequence[Buffer], *, item: bool = False) -> None:
         """Some of the body; waits while the reader is behind. Raises what `abort` was given."""

@@ -168,7 +168,7 @@ class Reservations:
         ended, self._ended = self._ended, []
         for reservation in ended:
             if reservation.given_up is None:
-                reservation.reply.finish()
+                reservation.reply.release()
             else:
                 send_error(reservation, reservation.given_up)
 
