@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 CONTROL_S = 5.0
 """What the controller gets to answer."""
+GONE = "the controller is gone: requests go on, but nothing can be changed before the app is served anew"
 
 
 class Entrance:
@@ -290,7 +291,7 @@ async def answer(ref: Any, timeout_s: float | None = CONTROL_S) -> Any:
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
     except ray.exceptions.RayActorError as error:
-        raise NotServing(f"the controller is gone: {error}", executed="maybe") from None
+        raise NotServing(f"{GONE} ({type(error).__name__})", executed="maybe") from None
 
 
 _process_portal: Future[BlockingPortal] | None = None

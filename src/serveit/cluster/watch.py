@@ -32,6 +32,9 @@ logger = logging.getLogger("serveit.watch")
 
 RETRY_S = 0.5
 """Between attempts to reach replicas, or a controller, that could not be reached."""
+LOOK_S = 2.0
+"""So often is it looked whether all replicas are connected still. One that died the controller tells of at
+once; this is for connections that broke though their replicas live."""
 
 
 class Watch:
@@ -85,8 +88,10 @@ class Watch:
         """Take in what is, and follow it from then on. Raises NotServing without a controller."""
         self._following = asyncio.get_running_loop().create_task(self._follow())
         news = asyncio.ensure_future(self._news.wait())
-        await asyncio.wait((self._following, news), return_when=asyncio.FIRST_COMPLETED)
-        news.cancel()
+        try:
+            await asyncio.wait((self._following, news), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            news.cancel()
         if self._following.done():
             self._following.result()
 
@@ -131,17 +136,15 @@ class Watch:
             call = asyncio.ensure_future(_result(self._controller.watch.remote(self._member, self.version)))
             try:
                 while not call.done():
-                    incomplete = any(directory.incomplete for directory in self.directories.values())
-                    await asyncio.wait((call,), timeout=RETRY_S if incomplete else None)
-                    if not call.done():
-                        await self._reconnect()
+                    await asyncio.wait((call,), timeout=await self._reconnected())
                 return msgspec.msgpack.decode(call.result(), type=Snapshot)
             except ray.exceptions.ActorDiedError as error:
                 if self.version == (0, 0):
-                    raise NotServing(f"the controller is gone: {error}") from None
+                    raise NotServing(f"the controller is gone ({type(error).__name__})") from None
                 # Requests go on without it.
                 logger.warning("the controller is gone; what is known of the app stays")
-                await asyncio.Event().wait()
+                while True:
+                    await asyncio.sleep(await self._reconnected())
             except ray.exceptions.RayError as error:
                 logger.warning("the controller does not answer: %s", error)
                 await asyncio.sleep(RETRY_S)
@@ -165,10 +168,13 @@ class Watch:
         news, self._news = self._news, asyncio.Event()
         news.set()
 
-    async def _reconnect(self) -> None:
+    async def _reconnected(self) -> float:
+        """Try replicas that are not connected again; seconds until the next look."""
         for name, info in self._infos.items():
             if self.directories[name].incomplete:
                 await self.directories[name].update(info)
+        incomplete = any(directory.incomplete for directory in self.directories.values())
+        return RETRY_S if incomplete else LOOK_S
 
     def _make_directory(self, app: str) -> Directory:
         return Directory(
