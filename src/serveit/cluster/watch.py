@@ -143,7 +143,7 @@ class Watch:
                     raise NotServing(f"the controller is gone ({type(error).__name__})") from None
                 # Requests go on without it.
                 logger.warning("the controller is gone; what is known of the app stays")
-                while True:
+                while True:  # noqa: ASYNC110 - there is nobody left who would tell
                     await asyncio.sleep(await self._reconnected())
             except ray.exceptions.RayError as error:
                 logger.warning("the controller does not answer: %s", error)
