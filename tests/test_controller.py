@@ -36,6 +36,8 @@ class FakeProcess:
         self.gone: asyncio.Future[str] = loop.create_future()
         self.may_stop = asyncio.Event()
         self.may_stop.set()
+        self.is_idle = asyncio.Event()
+        self.is_idle.set()
         self.drains: list[float] = []
         self.idles: list[float] = []
         self.killed = 0
@@ -90,6 +92,7 @@ class FakeProcess:
 
     async def idle(self, timeout_s: float) -> None:
         self.idles.append(timeout_s)
+        await self.is_idle.wait()
 
     async def death(self) -> str:
         return await asyncio.shield(self.gone)
@@ -165,7 +168,13 @@ class Stage:
         self.clock = ManualClock()
         self.launcher = FakeLauncher()
         self.controller = Controller(
-            self.launcher, folder="/x", secret=b"s", over_tcp=False, log_level="info", clock=self.clock
+            self.launcher,
+            folder="/x",
+            secret=b"s",
+            over_tcp=False,
+            log_level="info",
+            clock=self.clock,
+            token="t0",
         )
         self._tasks: list[asyncio.Future[Any]] = []
 
@@ -200,6 +209,7 @@ class Stage:
             task.cancel()
         for process in self.launcher.made:
             process.may_stop.set()
+            process.is_idle.set()
         self.begin(self.controller.shutdown())
         await self.clock.advance(LONG_S)
         await asyncio.wait(self._tasks[-1:])
@@ -265,7 +275,7 @@ class TestFirstDeploy:
         await stage.clock.settle()
         one, two, three = stage.launcher.made
         assert [process.order.id for process in (one, two, three)] == ["b#1", "b#2", "c#3"]
-        assert one.order == ReplicaOrder("b#1", "app", "b", b"code", "/x", b"s", False, "info")
+        assert one.order == ReplicaOrder("b#1", "app", "b", b"code", "/x", b"s", False, "info", "app/b#1@t0")
 
         one.ready()
         three.ready()
@@ -766,11 +776,12 @@ class TestDelete:
         await stage.clock.settle()
         (leaving,) = stage.controller.snapshot.apps
         assert leaving.routes == () and len(leaving.backends[0].replicas) == 2
-        assert stage.controller.is_empty
+        assert not stage.controller.is_empty
         assert [process.idles for process in stage.launcher.made] == [[], []]
         member.hears.set()
         await stage.clock.settle()
         assert deleting.done() and stage.controller.snapshot.apps == ()
+        assert stage.controller.is_empty
         assert [process.idles for process in stage.launcher.made] == [[30.0], [30.0]]
         assert [process.drains for process in stage.launcher.made] == [[30.0], [30.0]]
 
@@ -813,6 +824,112 @@ class TestDelete:
         await stage.clock.settle()
         assert stage.serving == {"app.b": ["b#2"]}
         assert deleting.done()
+
+    async def test_who_asks_again_waits_for_the_same_end(self, stage: Stage) -> None:
+        await stage.deploy(spec(b=1))
+        (process,) = stage.launcher.made
+        process.is_idle.clear()
+        process.may_stop.clear()
+        deletions = [stage.begin(stage.controller.delete("app"))]
+        await stage.clock.settle()
+        deletions.append(stage.begin(stage.controller.delete("app")))
+        await stage.clock.settle()
+        assert not any(deletion.done() for deletion in deletions), "what it runs may end"
+        assert not stage.controller.is_empty
+        process.is_idle.set()
+        await stage.clock.settle()
+        deletions.append(stage.begin(stage.controller.delete("app")))
+        await stage.clock.settle()
+        assert not any(deletion.done() for deletion in deletions), "it is being stopped"
+        assert not stage.controller.is_empty
+        process.may_stop.set()
+        await stage.clock.settle()
+        assert all(deletion.done() for deletion in deletions)
+        assert stage.controller.is_empty
+        assert process.drains == [30.0]
+
+    async def test_who_asked_again_leaves_what_was_deployed_meanwhile(self, stage: Stage) -> None:
+        await stage.deploy(spec(b=1))
+        old = stage.launcher.made[0]
+        old.is_idle.clear()
+        deletions = [stage.begin(stage.controller.delete("app")) for _ in range(2)]
+        await stage.clock.settle()
+        await stage.deploy(spec(b=1))
+        old.is_idle.set()
+        await stage.clock.settle()
+        assert all(deletion.done() for deletion in deletions)
+        assert stage.serving == {"app.b": ["b#2"]}
+
+    async def test_two_of_one_name_at_once(self, stage: Stage) -> None:
+        for _ in range(2):
+            await stage.deploy(spec(b=1))
+            stage.launcher.made[-1].is_idle.clear()
+            stage.begin(stage.controller.delete("app"))
+            await stage.clock.settle()
+        assert [app.name for app in stage.controller.snapshot.apps] == ["app"]
+        assert stage.serving == {"app.b": ["b#2"]}, "the later one"
+        stage.launcher.made[1].is_idle.set()
+        await stage.clock.settle()
+        assert not stage.launcher.of("b#2")
+        assert stage.launcher.of("b#1")
+
+    async def test_goes_on_without_whoever_wanted_it(self, stage: Stage) -> None:
+        await stage.deploy(spec(b=1))
+        (process,) = stage.launcher.made
+        process.is_idle.clear()
+        deleting = stage.begin(stage.controller.delete("app"))
+        await stage.clock.settle()
+        deleting.cancel()
+        process.is_idle.set()
+        await stage.clock.settle()
+        assert not process.alive
+        assert stage.controller.is_empty
+
+    async def test_replicas_that_die_meanwhile_are_sent_nothing(self, stage: Stage) -> None:
+        await stage.deploy(spec(b=2))
+        one, two = stage.launcher.made
+        two.is_idle.clear()
+        stage.begin(stage.controller.delete("app"))
+        await stage.clock.settle()
+        one.die()
+        await stage.clock.settle()
+        assert stage.serving == {"app.b": ["b#2"]}
+        assert stage.launcher.of("") == [two], "nothing is started in its place"
+
+    async def test_what_cannot_say_whether_it_is_idle_is_ended(
+        self, stage: Stage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        await stage.deploy(spec(b=1))
+
+        async def idle(timeout_s: float) -> None:
+            raise RuntimeError("Ray is gone")
+
+        monkeypatch.setattr(stage.launcher.made[0], "idle", idle)
+        await stage.result(stage.controller.delete("app"))
+        assert "Ray is gone" in caplog.text
+        assert not stage.launcher.of("")
+        assert stage.controller.is_empty
+
+    async def test_the_last_one_waits_for_what_a_failed_deploy_has_left(self, stage: Stage) -> None:
+        await stage.deploy(spec("one", c=1))
+        stage.launcher.eager = False
+        failing = stage.begin(stage.controller.deployed("two", stage.controller.deploy(spec("two", b=2))))
+        await stage.clock.settle()
+        _, started, raises = stage.launcher.made
+        started.ready()
+        started.may_stop.clear()
+        await stage.clock.settle()
+        raises.fail(ValueError("no"))
+        await stage.clock.settle()
+        assert isinstance(failing.result(), DeployFailed)
+        deleting = stage.begin(stage.controller.delete("one"))
+        await stage.clock.settle()
+        assert not deleting.done(), "nobody else would ask whether the instance is empty"
+        assert not stage.controller.is_empty
+        started.may_stop.set()
+        await stage.clock.settle()
+        assert deleting.done()
+        assert stage.controller.is_empty
 
 
 @staged
@@ -882,6 +999,53 @@ class TestOwners:
         assert set(stage.serving) == {"app.b"}
         await stage.clock.advance(1.0)
         assert stage.controller.is_empty
+
+    async def test_another_that_leaves_does_not_cut_it_short(self, stage: Stage) -> None:
+        for owner, backend in (("lost", "b"), ("leaves", "c")):
+            stage.controller.owner_joined(owner)
+            counts: dict[str, Any] = {backend: 1}
+            await stage.deploy(spec(owner, owner=owner, **counts))
+        (busy,) = stage.launcher.of("b")
+        busy.is_idle.clear()
+        lost = stage.begin(stage.controller.owner_lost("lost", 0.0))
+        await stage.clock.settle()
+        await stage.result(stage.controller.delete("leaves", "leaves"))
+        stage.controller.owner_left("leaves")
+        assert not stage.controller.is_empty
+        assert not lost.done()
+        busy.is_idle.set()
+        await stage.clock.settle()
+        assert lost.done()
+        assert stage.controller.is_empty
+
+    async def test_what_its_failed_deploy_has_left_is_waited_for(self, stage: Stage) -> None:
+        stage.launcher.eager = False
+        stage.controller.owner_joined("driver")
+        stage.controller.deploy(spec(owner="driver", b=2))
+        await stage.clock.settle()
+        started, raises = stage.launcher.made
+        started.ready()
+        started.may_stop.clear()
+        await stage.clock.settle()
+        raises.fail(ValueError("no"))
+        lost = stage.begin(stage.controller.owner_lost("driver", 0.0))
+        await stage.clock.settle()
+        assert not lost.done()
+        assert not stage.controller.is_empty
+        started.may_stop.set()
+        await stage.clock.settle()
+        assert lost.done()
+        assert stage.controller.is_empty
+
+    async def test_only_its_own_is_waited_for(self, stage: Stage) -> None:
+        await stage.deploy(spec(owner="first", b=1))
+        stage.launcher.made[0].is_idle.clear()
+        deleting = stage.begin(stage.controller.delete("app", "first"))
+        await stage.clock.settle()
+        await stage.deploy(spec(owner="second", b=1))
+        await stage.result(stage.controller.delete("app", "second"))
+        assert stage.serving == {"app.b": ["b#1"]}
+        assert not deleting.done()
 
     async def test_a_second_line_counts(self, stage: Stage) -> None:
         stage.controller.owner_joined("driver")
@@ -1106,6 +1270,22 @@ class TestShutdown:
         assert again.done()
         assert deleting.done()
 
+    async def test_what_is_leaving_has_its_time(self, stage: Stage) -> None:
+        await stage.result(stage.controller.http(None, proxy_order()))
+        await stage.deploy(spec(b=1))
+        (process,), (proxy,) = stage.launcher.of("b"), stage.launcher.of("proxy")
+        process.is_idle.clear()
+        deleting = stage.begin(stage.controller.delete("app"))
+        await stage.clock.settle()
+        shutdown = stage.begin(stage.controller.shutdown())
+        await stage.clock.settle()
+        assert proxy.drains == [30.0]
+        assert not shutdown.done()
+        process.is_idle.set()
+        await stage.clock.settle()
+        assert deleting.done() and shutdown.done()
+        assert stage.launcher.of("") == []
+
     async def test_what_fails_to_end_holds_nothing_up(
         self, stage: Stage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -1202,3 +1382,17 @@ async def test_by_the_loops_own_clock() -> None:
     assert "v1 ready" in repr(controller)
     await controller.shutdown()
     assert controller.is_empty
+
+
+async def test_replicas_of_two_controllers_have_other_names() -> None:
+    names = set()
+    for _ in range(2):
+        launcher = FakeLauncher()
+        controller = Controller(launcher, folder="/x", secret=b"", over_tcp=True, log_level="info")
+        await controller.deployed("app", controller.deploy(spec(b=1)))
+        order = launcher.made[0].order
+        assert isinstance(order, ReplicaOrder)
+        assert order.actor.startswith("app/b#1@")
+        names.add(order.actor)
+        await controller.shutdown()
+    assert len(names) == 2

@@ -19,6 +19,7 @@ from serveit.calling.directory import Directory
 from serveit.calling.gateway import Gateway
 from serveit.calling.handle import Handle, HandleOptions
 from serveit.clock import DeadlineWheel
+from serveit.context import Context, enter
 from serveit.control.snapshot import AppInfo, ReplicaInfo
 from serveit.exceptions import (
     DeadlineExceeded,
@@ -705,11 +706,23 @@ class FakeTasks:
 
     def __init__(self) -> None:
         self.waited: list[Any] = []
+        self.ready = asyncio.Event()
+        self.ready.set()
+        self.given_up = 0
+
+    async def _until_ready(self) -> None:
+        try:
+            await self.ready.wait()
+        except asyncio.CancelledError:
+            self.given_up += 1
+            raise
 
     def are_among(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         return any(str(value).startswith("ref:") for value in (*args, *kwargs.values()))
 
     async def fetch(self, args: Any, kwargs: Any) -> Any:
+        await self._until_ready()
+
         def value(of: Any) -> Any:
             return str(of).removeprefix("ref:")
 
@@ -717,6 +730,9 @@ class FakeTasks:
 
     async def wait(self, args: Any, kwargs: Any) -> None:
         self.waited += args
+        await self._until_ready()
+        if "ref:broken" in args:
+            raise LookupError("its task failed")
 
     async def start(self, replica: ReplicaInfo, request_id: str, args: Any, kwargs: Any) -> Any:
         return replica.id, request_id, args, kwargs
@@ -757,6 +773,77 @@ async def test_object_refs_among_the_arguments_of_a_call_are_fetched(faked: Fake
     message = decode_message(Call, frame)
     assert load(message.sizes, frame.body) == (("1", "2"), {"three": "3"})
     call.cancel()
+
+
+@pytest.mark.parametrize("use", ["call", "remote", "stream"])
+async def test_object_refs_are_waited_for_until_the_deadline(faked: Faked, use: str) -> None:
+    faked.gateway.tasks = tasks = FakeTasks()
+    tasks.ready.clear()
+    replica = await faked.connect()
+    handle = faked.handle.options(timeout_s=0.5)
+    waiting: asyncio.Future[Any]
+    if use == "stream":
+        waiting = asyncio.ensure_future(collect(handle.stream("ref:1")))
+    else:
+        waiting = asyncio.ensure_future(getattr(handle, use)("ref:1"))
+    await faked.clock.advance(0.4)
+    assert not waiting.done()
+    await faked.clock.advance(0.2)
+    with pytest.raises(DeadlineExceeded, match="the ObjectRefs among the arguments of 'model'") as caught:
+        await waiting
+    assert caught.value.executed == "no"
+    assert (tasks.given_up, replica.frames) == (1, [])
+
+
+async def test_what_the_wait_for_object_refs_took_is_gone(faked: Faked) -> None:
+    faked.gateway.tasks = tasks = FakeTasks()
+    tasks.ready.clear()
+    replica = await faked.connect()
+    calls = [
+        asyncio.ensure_future(use("ref:1"))
+        for use in (faked.handle.options(timeout_s=5).call, faked.handle.options(timeout_s=5).remote)
+    ]
+    await faked.clock.advance(3)
+    tasks.ready.set()
+    call = decode_message(Call, await heard(replica, FrameType.CALL))
+    reserve = decode_message(Reserve, await heard(replica, FrameType.RESERVE))
+    assert call.deadline_ms == reserve.deadline_ms == 2000
+    for each in calls:
+        each.cancel()
+
+
+async def test_the_deadline_of_the_request_that_it_runs_for_bounds_the_wait(faked: Faked) -> None:
+    faked.gateway.tasks = tasks = FakeTasks()
+    tasks.ready.clear()
+    await faked.connect()
+
+    async def inside() -> None:
+        enter(Context("shop", "outer", "outer#1", "r1", faked.clock.time() + 1), None)
+        await faked.handle.call("ref:1")
+
+    call = asyncio.ensure_future(inside())
+    await faked.clock.advance(1.1)
+    with pytest.raises(DeadlineExceeded):
+        await call
+
+
+async def test_who_is_cancelled_waits_for_object_refs_no_longer(faked: Faked) -> None:
+    faked.gateway.tasks = tasks = FakeTasks()
+    tasks.ready.clear()
+    await faked.connect()
+    remote = asyncio.ensure_future(faked.handle.options(timeout_s=5).remote("ref:1"))
+    await faked.clock.settle()
+    remote.cancel()
+    await faked.clock.settle()
+    assert remote.cancelled() and tasks.given_up == 1
+
+
+@pytest.mark.parametrize("timeout_s", [None, 5])
+async def test_a_failed_object_ref_is_raised_as_it_is(faked: Faked, timeout_s: float | None) -> None:
+    faked.gateway.tasks = FakeTasks()
+    await faked.connect()
+    with pytest.raises(LookupError, match="its task failed"):
+        await faked.handle.options(timeout_s=timeout_s).remote("ref:broken")
 
 
 async def test_a_handle_does_not_pickle() -> None:

@@ -13,6 +13,7 @@ import pytest
 from serveit import App, Draining, HTTPOptions, NotServing, local
 from serveit.local import LocalRuntime
 from serveit.observe import NullObserver
+from serveit.running.replica import Replica
 from serveit.testing import ManualClock
 from serveit.web.proxy import bind
 from tests.support import wait_until
@@ -164,6 +165,208 @@ async def test_what_runs_may_call_others_while_it_stops(kind: str) -> None:
     go_on.set()
     assert await call == 2
     await asyncio.wait_for(closing, 5)
+
+
+# -- changes ---------------------------------------------------------------------------------
+
+
+class Made:
+    """What constructors and `close` do, in the test's hands: each constructor waits for its `go_on`."""
+
+    def __init__(self) -> None:
+        self.app = App()
+        self.begun: list[int] = []
+        self.closed: list[int] = []
+        self.go_on = [threading.Event() for _ in range(10)]
+        self.bad: set[int] = set()
+        made = self
+
+        @self.app.backend(graceful_shutdown_timeout_s=5)
+        class Model:
+            def __init__(self) -> None:
+                self.number = len(made.begun)
+                made.begun.append(self.number)
+                assert made.go_on[self.number].wait(10)
+                if self.number in made.bad:
+                    raise ValueError(f"bad model {self.number}")
+
+            def __call__(self) -> int:
+                return self.number
+
+            def close(self) -> None:
+                made.closed.append(self.number)
+
+    def let(self, *numbers: int) -> None:
+        for number in numbers:
+            self.go_on[number].set()
+
+    async def begins(self, count: int) -> None:
+        await wait_until(lambda: len(self.begun) == count, 5, f"{count} constructors to run")
+
+    async def serve(self) -> LocalRuntime:
+        self.let(0)
+        runtime = LocalRuntime(self.app, http=QUIET)
+        await runtime.start()
+        return runtime
+
+
+async def states(runtime: LocalRuntime) -> list[str]:
+    return [replica["state"] for replica in (await runtime.status())["backends"]["Model"].values()]
+
+
+async def count(runtime: LocalRuntime) -> int:
+    return (await runtime.spec()).backends[0].num_replicas
+
+
+async def test_one_change_at_a_time() -> None:
+    made = Made()
+    runtime = await made.serve()
+    changes = [asyncio.ensure_future(runtime.scale("Model", 2)) for _ in range(2)]
+    await made.begins(2)
+    assert await states(runtime) == ["ready", "starting"]
+    assert not changes[1].done(), "what it asks for is not there yet"
+    assert await runtime.get_handle("Model").call() == 0, "what starts is not published"
+    made.let(1)
+    await asyncio.gather(*changes)
+    assert await states(runtime) == ["ready", "ready"]
+    assert made.begun == [0, 1]
+    await runtime.aclose()
+    assert sorted(made.closed) == [0, 1]
+
+
+async def test_what_one_change_fails_at_the_next_tries_anew() -> None:
+    made = Made()
+    made.bad = {1}
+    runtime = await made.serve()
+    made.let(1, 2)
+    failed, fine = await asyncio.gather(
+        *(runtime.scale("Model", 2) for _ in range(2)), return_exceptions=True
+    )
+    assert str(failed) == "bad model 1" and fine is None
+    assert await states(runtime) == ["ready", "ready"] and await count(runtime) == 2
+    await runtime.aclose()
+    assert sorted(made.closed) == [0, 2]
+
+
+async def test_a_failed_change_leaves_nothing_of_itself() -> None:
+    made = Made()
+    made.bad = {1}
+    runtime = await made.serve()
+    made.let(1, 2)
+    with pytest.raises(ValueError, match="bad model 1"):
+        await runtime.scale("Model", 3)
+    assert await states(runtime) == ["ready"] and await count(runtime) == 1
+    assert made.closed == [2], "it had been made"
+    with pytest.raises(ValueError, match="must not be negative"):
+        await runtime.scale("Model", -1)
+    await runtime.aclose()
+
+
+async def test_down_while_up() -> None:
+    made = Made()
+    runtime = await made.serve()
+    up = asyncio.ensure_future(runtime.scale("Model", 3))
+    await made.begins(3)
+    down = asyncio.ensure_future(runtime.scale("Model", 1))
+    made.let(1, 2)
+    await asyncio.gather(up, down)
+    assert await states(runtime) == ["ready"] and await count(runtime) == 1
+    assert sorted(made.closed) == [1, 2]
+    await runtime.aclose()
+    assert sorted(made.closed) == [0, 1, 2]
+
+
+async def test_traffic_does_not_wait_for_constructors() -> None:
+    made = Made()
+    made.app.add_route("/model", "Model")
+    runtime = await made.serve()
+    up = asyncio.ensure_future(runtime.scale("Model", 2))
+    await made.begins(2)
+    await runtime.reroute("/model", [("Model", 1.0)], [("Model", 0.5)])
+    made.let(1)
+    await up
+    spec = await runtime.spec()
+    assert spec.endpoints[0].shadows == (("Model", 0.5),) and spec.backends[0].num_replicas == 2
+    await runtime.aclose()
+
+
+@pytest.mark.parametrize("begun", [False, True])
+async def test_an_end_gives_up_a_change(begun: bool) -> None:
+    made = Made()
+    runtime = await made.serve()
+    up = asyncio.ensure_future(runtime.scale("Model", 2))
+    waits = asyncio.ensure_future(runtime.scale("Model", 3))
+    if begun:
+        await made.begins(2)
+    else:
+        await asyncio.sleep(0)
+    closing = asyncio.ensure_future(runtime.aclose())
+    await asyncio.sleep(0)
+    late = asyncio.ensure_future(runtime.scale("Model", 2))
+    with pytest.raises(NotServing, match="app 'default' is shutting down"):
+        await runtime.reroute("/model", [], [])
+    made.let(1)
+    await asyncio.wait_for(closing, 5)
+    for change in (up, waits, late):
+        with pytest.raises(NotServing, match="app 'default' is shutting down"):
+            await change
+    assert sorted(made.closed) == made.begun, "whatever was made is closed"
+
+
+async def test_a_change_that_is_cancelled_before_it_is_in_force() -> None:
+    made = Made()
+    runtime = await made.serve()
+    up = asyncio.ensure_future(runtime.scale("Model", 2))
+    await made.begins(2)
+    up.cancel()
+    made.let(1)
+    with pytest.raises(asyncio.CancelledError):
+        await up
+    await runtime.aclose()
+    assert sorted(made.closed) == [0, 1]
+
+
+async def test_a_change_that_is_cancelled_is_seen_through_once_it_is_in_force() -> None:
+    app, entered, leave = waiting_app()
+    runtime = LocalRuntime(app, http=QUIET)
+    await runtime.start()
+    call = asyncio.ensure_future(runtime.get_handle("wait").call())
+    await entered.wait()
+    down = asyncio.ensure_future(runtime.scale("wait", 0))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert (await runtime.status())["backends"]["wait"]["wait#1"]["state"] == "stopping"
+    down.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await down
+    closing = asyncio.ensure_future(runtime.aclose())
+    await asyncio.sleep(0)
+    leave.set()
+    assert await call == "done"
+    await closing
+    assert (await runtime.status())["backends"] == {"wait": {}}
+
+
+async def test_a_replica_that_was_ended_does_not_start() -> None:
+    made = Made()
+    record = made.app.backends["Model"]
+    replica = Replica(record, id="Model#1", app="default", clock=ManualClock())
+    await replica.aclose()
+    with pytest.raises(Draining, match="has been stopped"):
+        await replica.start()
+    assert made.begun == []
+
+
+async def test_an_end_while_it_starts() -> None:
+    made = Made()
+    runtime = LocalRuntime(made.app, http=QUIET)
+    starting = asyncio.ensure_future(runtime.start())
+    await made.begins(1)
+    await runtime.aclose()
+    made.let(0)
+    with pytest.raises(NotServing, match="shutting down"):
+        await starting
+    assert made.closed == [0]
 
 
 # -- stops that are cut short ----------------------------------------------------------------
@@ -339,6 +542,9 @@ async def test_one_fails_while_another_constructs(
 
         def __call__(self) -> None: ...
 
+        def close(self) -> None:
+            log.append("closed")
+
     @app.backend
     class Bad:
         async def __call__(self) -> None: ...
@@ -354,7 +560,7 @@ async def test_one_fails_while_another_constructs(
     go_on.set()
     with pytest.raises(ValueError, match="bad model"):
         await starting
-    assert log == ["made"]
+    assert log == ["made", "closed"]
 
 
 async def test_a_start_that_is_given_up(caplog: pytest.LogCaptureFixture) -> None:

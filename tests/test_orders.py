@@ -37,7 +37,7 @@ def test_what_became_of_a_deploy(outcome: Deployed | DeployFailed) -> None:
 @pytest.mark.parametrize(
     "order",
     [
-        ReplicaOrder("b#1", "app", "b", b"\x00code", "/folder", b"\xffsecret", True, "debug"),
+        ReplicaOrder("b#1", "app", "b", b"\x00code", "/folder", b"\xffsecret", True, "debug", "app/b#1@t0"),
         ProxyOrder("proxy", b"{}", b"\xffsecret", ("/one", "/two")),
         Joined(b"\xffsecret", "{}"),
     ],
@@ -46,9 +46,9 @@ def test_orders_travel(order: msgspec.Struct) -> None:
     assert msgspec.msgpack.decode(encode(order), type=type(order)) == order
 
 
-@given(st.text(), st.text(), st.text())
-def test_places_are_text(node: str, unix: str, tcp: str) -> None:
-    place = Place(node, unix, tcp)
+@given(st.text(), st.text(), st.text(), st.text())
+def test_places_are_text(node: str, unix: str, tcp: str, actor: str) -> None:
+    place = Place(node, unix, tcp, actor)
     assert parse_place(place_text(place)) == place
 
 

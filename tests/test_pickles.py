@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import copyreg
 import os
 import pickle
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from serveit.exceptions import (
     ServeitError,
 )
 from serveit.types import Executed
+from serveit.wire import pickles
 from serveit.wire.frames import MAX_FRAME, CallAnswer, Failure, encode_message
 from serveit.wire.pickles import MAX_OUTSIDE, MIN_OUTSIDE, dump, dump_exception, load, load_exception
 
@@ -193,6 +196,84 @@ def test_a_class_that_does_not_exist_here_says_that_this_was_unpickling() -> Non
     assert caught.value.__notes__ == [
         "(while unpickling what came from the other process: its classes have to exist here)"
     ]
+
+
+# -- types that plain pickle does not do justice to -----------------------------------------------
+
+
+class Remote:
+    """Stands for an ObjectRef: plain pickle loses its owner."""
+
+    def __init__(self, number: int, owner: str = "") -> None:
+        self.number = number
+        self.owner = owner
+
+    def __reduce__(self) -> Any:
+        return Remote, (self.number,)
+
+
+class Special(Remote):
+    """A subclass is another type."""
+
+
+class Local:
+    """Stands for what cannot be sent, and says what can."""
+
+
+class Old:
+    """Known to `copyreg`."""
+
+    def __init__(self, text: str = "plain") -> None:
+        self.text = text
+
+
+def refuse(value: Any) -> tuple[Any, ...]:
+    raise EncodingError("send what it yields")
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(pickles, "_reducers", {})
+    monkeypatch.setitem(copyreg.dispatch_table, Old, lambda old: (Old, ("copyreg's",)))
+    pickles.register(Remote, lambda remote: (Remote, (remote.number, "known")))
+    pickles.register(Local, refuse)
+    yield
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_registered_type_is_reduced_wherever_it_stands() -> None:
+    array = np.arange(10_000)
+    remote = Remote(1)
+    sizes, buffers = dump(([remote], {"r": remote, "a": array}), "it")
+    assert np.shares_memory(np.frombuffer(buffers[1]), array), "arrays travel beside it as ever"
+    (first,), named = load(sizes, b"".join(buffers))
+    assert (first.number, first.owner) == (1, "known") and named["r"] is first
+    assert load((), dump([remote], "it", inline=True)[1][0])[0].owner == "known"
+    assert there_and_back(Special(1)).owner == ""
+    assert there_and_back(Old()).text == "copyreg's"
+    assert pickle.loads(pickle.dumps(remote)).owner == "", "only what is sent"
+
+
+@pytest.mark.usefixtures("registered")
+@given(st.recursive(st.integers() | st.text(max_size=5), lambda inner: st.lists(inner, max_size=3)))
+def test_plain_values_come_back_the_same_way(value: Any) -> None:
+    assert there_and_back(value) == value
+
+
+@pytest.mark.usefixtures("registered")
+def test_an_exception_may_hold_one() -> None:
+    back = load_exception(failure(), dump_exception(Custom(Remote(5)), LIMIT))  # type: ignore[arg-type]
+    assert isinstance(back, Custom) and back.args[0].owner == "known"
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("executed", ["no", "yes"])
+def test_what_a_reducer_refuses_is_refused_in_its_words(executed: Executed) -> None:
+    with pytest.raises(
+        EncodingError, match="^the result of 'f' cannot be sent: send what it yields$"
+    ) as caught:
+        dump([Local()], "the result of 'f'", executed)
+    assert caught.value.executed == executed
 
 
 # -- exceptions -----------------------------------------------------------------------------------

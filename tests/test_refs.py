@@ -10,7 +10,9 @@ import ray
 
 from serveit.cluster import refs
 from serveit.cluster.refs import RayTasks
+from serveit.control.orders import Place, place_text
 from serveit.control.snapshot import ReplicaInfo
+from serveit.exceptions import NotServing
 from tests.support import wait_until
 
 
@@ -39,6 +41,7 @@ class FakeRay:
         self.ended: set[FakeRef] = set()
         self.asked: list[list[FakeRef]] = []
         self.options: dict[str, Any] = {}
+        self.connected = True
 
     def end(self, *ended: FakeRef) -> None:
         with self.moved:
@@ -58,6 +61,7 @@ class FakeRay:
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     fake = FakeRay()
     monkeypatch.setattr(ray, "wait", fake.wait)
+    monkeypatch.setattr(ray, "is_initialized", lambda: fake.connected)
     monkeypatch.setattr(ray, "ObjectRef", FakeRef)
     return fake
 
@@ -183,15 +187,39 @@ async def test_the_task_of_a_slot_goes_to_its_replicas_actor(
             return "ref"
 
     class Actor:
-        run = Run()
+        run = run_with_refs = Run()
 
     def get_actor(name: str, namespace: str) -> Actor:
         looked_up.append((name, namespace))
         return Actor()
 
     monkeypatch.setattr(ray, "get_actor", get_actor)
-    replica = ReplicaInfo("double#3", "there")
-    for _ in range(2):
-        assert await tasks.start(replica, "slot", (1,), {"x": 2}) == "ref"
-    assert looked_up == [("app/double#3", "serveit")], "once is enough"
-    assert sent == [(("slot", 1), {"x": 2})] * 2
+    place = Place("node", "unix:/s", actor="app/double#3@1a2b")
+    replica = ReplicaInfo("double#3", place_text(place))
+    ref = FakeRef("ref")
+    assert await tasks.start(replica, "slot", (1,), {"x": 2}) == "ref"
+    assert await tasks.start(replica, "slot", (ref,), {"x": 2}) == "ref"
+    assert looked_up == [("app/double#3@1a2b", "serveit")], "once is enough"
+    assert sent == [((["slot", [1], {"x": 2}],), {}), (("slot", ref), {"x": 2})]
+
+
+async def test_where_ray_was_shut_down_no_task_is_started(fake: FakeRay, tasks: RayTasks) -> None:
+    fake.connected = False
+    with pytest.raises(NotServing, match="Ray has been shut down"):
+        await tasks.start(ReplicaInfo("double#3", "there"), "slot", (), {})
+
+
+async def test_who_waits_goes_on_when_ray_is_shut_down(fake: FakeRay, tasks: RayTasks) -> None:
+    waiting = asyncio.ensure_future(tasks.wait((FakeRef("never"),), {}))
+    await wait_until(lambda: fake.asked, 5, "the thread waits")
+    fake.connected = False
+    await asyncio.wait_for(waiting, 5)
+    await gone()
+
+
+async def test_waiting_is_stopped_before_ray_is_shut_down(fake: FakeRay, tasks: RayTasks) -> None:
+    waiting = asyncio.ensure_future(tasks.wait((FakeRef("never"),), {}))
+    await wait_until(lambda: fake.asked, 5, "the thread waits")
+    await asyncio.to_thread(refs.stop_waiting)
+    assert not waiters()
+    await asyncio.wait_for(waiting, 5)

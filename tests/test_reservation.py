@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -312,26 +313,120 @@ async def test_a_slot_that_nobody_takes_up_lapses_at_its_deadline() -> None:
         assert await rig.task(following, 2) == 2
 
 
-async def test_a_task_in_time_is_not_bound_by_the_hold() -> None:
+async def test_the_deadline_ends_a_task_that_runs() -> None:
     gate, clock = Gate(), StepClock()
     async with rig_of(gate.function(), clock) as rig:
-        task = rig.task(rig.holder.reserve(deadline_ms=500), "x")
+        stream = rig.holder.reserve(deadline_ms=500)
+        task = rig.task(stream, "x")
         await ticks()
+        clock.step(0.4)
+        assert not task.done()
+        clock.step(0.2)
+        with pytest.raises(DeadlineExceeded, match="while the function ran") as caught:
+            await task
+        assert caught.value.executed == "maybe"
+        assert (await rig.holder.over(stream)).type == FrameType.ERROR
+        assert (gate.cancelled, rig.slots, clock.armed) == (["x"], 0, 0)
+
+
+async def test_at_the_deadline_a_def_function_keeps_its_slot_until_it_returns() -> None:
+    begun, end = threading.Event(), threading.Event()
+
+    def plain() -> str:
+        begun.set()
+        end.wait()
+        return "too late"
+
+    clock = StepClock()
+    async with rig_of(plain, clock) as rig:
+        stream = rig.holder.reserve(deadline_ms=500)
+        task = rig.task(stream)
+        await wait_until(begun.is_set, 5, "the function")
         clock.step(1)
-        gate.open()
-        assert await task == "x"
+        with pytest.raises(DeadlineExceeded, match="while the function ran"):
+            await task
+        await ticks()
+        assert rig.slots == 1 and not rig.holder.is_over(stream)
+        end.set()
+        await rig.holder.over(stream)
+        assert rig.slots == 0
+
+
+async def test_the_deadline_ends_a_task_whose_batch_gathers() -> None:
+    clock = StepClock()
+    batches: list[list[int]] = []
+
+    async def note(items: list[int]) -> list[int]:
+        batches.append(items)
+        return items
+
+    async with rig_of(note, clock, max_batch_size=4, batch_wait_timeout_s=1) as rig:
+        hurried = rig.task(rig.holder.reserve(deadline_ms=500), 1)
+        patient = rig.task(rig.holder.reserve(deadline_ms=5_000), 2)
+        await ticks()
+        clock.step(0.6)
+        with pytest.raises(DeadlineExceeded, match="before the function was called") as caught:
+            await hurried
+        assert (caught.value.executed, rig.slots) == ("no", 1)
+        clock.step(0.5)
+        assert await patient == 2
+        assert clock.armed == 0, "nothing is left of the deadline"
+    assert batches == [[2]]
+
+
+async def test_the_deadline_of_a_task_that_was_cancelled_before() -> None:
+    begun, end = threading.Event(), threading.Event()
+
+    def plain() -> None:
+        begun.set()
+        end.wait()
+
+    clock = StepClock()
+    async with rig_of(plain, clock) as rig:
+        stream = rig.holder.reserve(deadline_ms=500)
+        task = rig.task(stream)
+        await wait_until(begun.is_set, 5, "the function")
+        task.cancel()
+        await asyncio.wait((task,))
+        clock.step(1)
+        assert task.cancelled() and rig.slots == 1
+        end.set()
+        assert (await rig.holder.failure(stream)).status == 499
 
 
 async def test_a_task_that_starts_too_late() -> None:
     clock = StepClock()
-    async with rig_of(echo, clock) as rig:
+    called: list[Any] = []
+
+    async def note(x: Any) -> None:
+        called.append(x)
+
+    async with rig_of(note, clock) as rig:
         stream = rig.holder.reserve(deadline_ms=500)
         task = rig.task(stream, "x")
         await asyncio.sleep(0)  # it has its slot now
         clock.step(1)
-        with pytest.raises(DeadlineExceeded, match="before the function was called"):
+        with pytest.raises(DeadlineExceeded, match="before the function was called") as caught:
             await task
-        assert is_free_again(await rig.holder.over(stream))
+        assert caught.value.executed == "no"
+        await rig.holder.over(stream)
+        assert (rig.slots, called) == (0, [])
+
+
+async def test_a_second_slot_of_the_same_name_does_not_get_the_first_one_s_task() -> None:
+    clock = StepClock()
+    async with rig_of(echo, clock, max_ongoing_requests=2) as rig:
+        first = rig.holder.reserve(deadline_ms=500)
+        twin = Holder(rig.replica, rig.reservations)
+        second = twin.reserve(deadline_ms=500)
+        assert second == first, "so both are r1"
+        with pytest.raises(ProtocolError, match="a slot is held for a request r1 already"):
+            await twin.result(second)
+        assert (rig.slots, clock.armed) == (1, 1)
+        assert repr(rig.reservations) == "<Reservations echo#1 held=1>"
+        assert await rig.task(first, 1) == 1
+        again = Holder(rig.replica, rig.reservations)
+        assert await rig.task(again.reserve(), 2) == 2  # the name is free
 
 
 @pytest.mark.parametrize("how", ["cancel", "link"])

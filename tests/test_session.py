@@ -50,6 +50,7 @@ class FakeRay:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
+    monkeypatch.setattr(session, "_users", 0)
     return FakeRay(monkeypatch)
 
 
@@ -247,3 +248,23 @@ class TestSweep:
 def test_the_address_of_this_node(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "10.1.2.3")
     assert session.node_address() == "10.1.2.3"
+
+
+class TestSeveral:
+    def test_the_last_one_shuts_it_down(self, fake: FakeRay) -> None:
+        first = open_session()
+        second = open_session()
+        assert first.embedded and second.embedded
+        assert not first.is_last
+        first.close()
+        assert fake.connected and second.is_last
+        second.close()
+        assert not fake.connected
+
+    def test_what_the_user_started_is_the_users(self, fake: FakeRay) -> None:
+        fake.connected = True
+        one, other = open_session(), open_session()
+        assert not (one.embedded or one.is_last)
+        one.close()
+        other.close()
+        assert fake.connected

@@ -514,6 +514,9 @@ def test_a_real_script(driver: Driver) -> None:
         app = App()
         LABELS = {"one": 1}
 
+        @functools.cache
+        def start(): return LABELS["one"] - 1
+
         def twice(function):
             @functools.wraps(function)
             def wrapper(*args): return 2 * function(*args)
@@ -533,7 +536,7 @@ def test_a_real_script(driver: Driver) -> None:
         @app.backend(init_args=(5,))
         class Model(Base):
             def __init__(self, start): super().__init__(start)
-            def __call__(self): return self.start + value("one")
+            def __call__(self): return self.start + value("one") + start()
 
         if __name__ == "__main__":
             sys.stdout.buffer.write(msgspec.msgpack.encode(pack(app)))
@@ -709,6 +712,116 @@ def test_local_functions_share_the_globals_of_their_module(driver: Driver) -> No
     assert factory.count == factory.fresh == 10
     assert factory.log == [50_000_000] * 2
     assert work.__globals__ is vars(factory)
+
+
+CACHED = """
+    import functools, typing
+    from serveit import App
+    app = App()
+    CALLS = []
+    UserId = typing.NewType("UserId", int)
+
+    @functools.cache
+    def fibonacci(n):
+        CALLS.append(n)
+        return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)
+
+    @functools.lru_cache(maxsize=2, typed=True)
+    def label(id: UserId) -> str:
+        "Of a user."
+        return f"user {id}"
+    label.source = "here"
+
+    def factory(step):
+        @functools.lru_cache
+        def add(x): return x + step
+        return add
+
+    plus = factory(5)
+
+    class Model:
+        @functools.cache
+        def twice(self, x): return 2 * x
+        def __call__(self, x): return self.twice(x)
+
+    @app.backend
+    def answer(n: int) -> list: return [fibonacci(n), label(UserId(n)), plus(n), Model()(n)]
+    """
+
+
+def test_cached_functions_of_a_script() -> None:
+    app = script(CACHED).app
+    app.backends["answer"].load()(7)  # fills the caches
+    answer = unpack(over_the_wire(pack(app))).backends["answer"].load()
+    names = answer.__globals__
+    fibonacci, label = names["fibonacci"], names["label"]
+    assert fibonacci.cache_info() == (0, 0, None, 0), "what they hold does not travel"
+    names["fibonacci"].__wrapped__.__globals__["CALLS"].clear()
+    assert answer(20) == [6765, "user 20", 25, 40]
+    assert sorted(fibonacci.__wrapped__.__globals__["CALLS"]) == list(range(21)), "it calls itself, cached"
+    assert fibonacci.__wrapped__.__globals__["fibonacci"] is fibonacci
+    assert label.cache_parameters() == {"maxsize": 2, "typed": True}
+    assert (label.__name__, label.__doc__, label.source) == ("label", "Of a user.", "here")
+    kind = names["UserId"]
+    assert (kind.__name__, kind.__supertype__, kind.__module__) == ("UserId", int, "__main__")
+
+
+def test_a_cached_function_is_a_backend() -> None:
+    app = App()
+    app.backend(script(CACHED).label, name="label")
+    assert unpack(pack(app)).backends["label"].load()(1) == "user 1"
+
+
+def test_cached_functions_of_a_module_go_by_reference(driver: Driver) -> None:
+    module = driver.module("caches", CACHED)
+    label, plus = module.label, module.plus
+    app = App()
+    app.backend(lambda: [label, plus], name="call")
+    found = driver.ship(app).backends["call"].load()()
+    import caches  # type: ignore[import-not-found]
+
+    assert found[0] is caches.label is not label
+    assert found[1] not in (caches.plus, plus), "its name, factory.<locals>.add, leads nowhere"
+    assert found[1](1) == 6
+
+
+def test_what_would_go_by_a_name_in_the_script() -> None:
+    app = script(
+        """
+        import typing
+        from serveit import App
+        app = App()
+        P = typing.ParamSpec("P")
+        @app.backend
+        def f(): return P
+        """
+    ).app
+    with pytest.raises(
+        TypeError, match=r"the global 'P' of the function __main__.f .*by its name, 'P', which"
+    ):
+        pack(app)
+
+
+def test_named_things_that_need_no_name() -> None:
+    app = script(
+        """
+        import typing
+        from serveit import App
+        app = App()
+        T = typing.TypeVar("T")
+        class Tool:
+            def __init__(self): self.__name__ = "tool"
+            def use(self): return 5
+            @staticmethod
+            def static(): return 6
+            @classmethod
+            def of_class(cls): return cls.static()
+        tool, use, of_class = Tool(), Tool().use, Tool.of_class
+        @app.backend
+        def f(): return [tool.__name__, use(), of_class(), T.__name__]
+        """
+    ).app
+    assert unpack(pack(app)).backends["f"].load()() == ["tool", 5, 6, "T"]
 
 
 def test_a_module_that_only_the_driver_has_in_memory(driver: Driver) -> None:

@@ -21,7 +21,7 @@ from serveit.config import HANDLE_QUEUE, HTTP_QUEUE
 from serveit.context import serving
 from serveit.control.snapshot import ReplicaInfo, Snapshot
 from serveit.control.spec import AppSpec, app_spec
-from serveit.exceptions import NeedsRay
+from serveit.exceptions import NeedsRay, NotServing
 from serveit.observe import NullObserver
 from serveit.running.httpjob import Bindings
 from serveit.running.listener import Listener
@@ -51,7 +51,12 @@ SLOW_STOP_S = 1.0
 
 
 class LocalRuntime:
-    """One app, its replicas and its HTTP server in the running event loop."""
+    """One app, its replicas and its HTTP server in the running event loop.
+
+    Mutable state beside what its parts have: `_replicas` (by id) and `_states` ("starting", "ready",
+    "stopping"), `_numbers` (of the last replica, by backend), `_spec` (the app as it is), `_published` (how
+    often), `_tasks` (that see changes through), `_closed` (nothing is changed any more).
+    """
 
     def __init__(
         self,
@@ -80,10 +85,12 @@ class LocalRuntime:
         self._observer = observer or NullObserver()
         self._replicas: dict[str, Replica] = {}
         self._bindings: dict[str, Bindings] = {}
+        self._states: dict[str, str] = {}
         self._numbers: dict[str, int] = {}
         self._published = 0
         self._exit = contextlib.AsyncExitStack()
-        self._closing = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._scaling, self._publishing, self._closing = asyncio.Lock(), asyncio.Lock(), asyncio.Lock()
         self._is_started = False
         self._closed = False
         self.proxy: Proxy | None = None
@@ -115,7 +122,8 @@ class LocalRuntime:
             stack.callback(watchdog.stop)
             stack.callback(self._wheel.close)
             stack.push_async_callback(self._close_replicas)
-            await self._start_replicas()
+            backends = self.app.backends.values()
+            await self._add([b for b in backends for _ in range(b.config.num_replicas)])
             self._spec = app_spec(self.app, name=self.name, prefix=self.prefix, code=b"")
             await self._publish()
             stack.enter_context(serving(self.app, self))
@@ -156,7 +164,7 @@ class LocalRuntime:
         for replica in self._replicas.values():
             statistics = replica.statistics()
             backends[replica.backend.name][replica.id] = {
-                "state": "ready",
+                "state": self._states[replica.id],
                 "running": statistics.running,
                 "waiting": statistics.waiting,
             }
@@ -167,29 +175,29 @@ class LocalRuntime:
         return self._spec
 
     async def scale(self, backend: str, num_replicas: int) -> None:
-        """Change a backend's number of replicas; returns when they are there, and what is too many gone."""
-        self._spec = self._spec.scaled(backend, num_replicas)
-        own = [replica for replica in self._replicas.values() if replica.backend.name == backend]
-        record = self.app.backends[backend]
-        new = [self._make_replica(record) for _ in range(num_replicas - len(own))]
-        try:
-            await asyncio.gather(*map(self._start_replica, new))
-        except BaseException:
-            self._spec = self._spec.scaled(backend, len(own))
-            for replica in new:
-                del self._replicas[replica.id]
-            await self._end_replicas(new)
-            raise
-        going = own[num_replicas:]
-        for replica in going:
-            del self._replicas[replica.id]
-        await self._publish()
-        await self._end_replicas(going)
+        """Change a backend's number of replicas; returns when they are there, and what is too many gone.
+
+        One change at a time: each finds what the one before has left.
+
+        Raises:
+            NotServing: the app is shutting down.
+            Exception: what a new replica's start-up code raised; then the old number stands.
+        """
+        async with self._scaling:
+            self._check_open()
+            self._spec.scaled(backend, num_replicas)  # raises before anything is changed
+            own = [replica for replica in self._ready() if replica.backend.name == backend]
+            await self._add([self.app.backends[backend]] * (num_replicas - len(own)))
+            self._spec = self._spec.scaled(backend, num_replicas)
+            going = own[num_replicas:]
+            self._states.update((replica.id, "stopping") for replica in going)
+            await self._see_through(self._withdraw(going))
 
     async def reroute(self, endpoint: str, weights: Any, shadows: Any) -> None:
-        """Change where an endpoint leads."""
+        """Change where an endpoint leads. NotServing if the app is shutting down."""
+        self._check_open()
         self._spec = self._spec.rerouted(endpoint, weights, shadows)
-        await self._publish()
+        await self._see_through(self._publish())
 
     async def deploy(self, app: App, *, name: str, prefix: str) -> None:
         raise NeedsRay("without Ray a process serves one app: leave local=True out to serve several")
@@ -218,13 +226,27 @@ class LocalRuntime:
             observer=self._observer,
         )
 
-    async def _start_replicas(self) -> None:
-        for backend in self.app.backends.values():
-            for _ in range(backend.config.num_replicas):
-                self._make_replica(backend)
-        names = ", ".join(self.app.backends)
+    def _check_open(self) -> None:
+        if self._closed:
+            raise NotServing(f"app {self.name!r} is shutting down: nothing of it can be changed any more")
+
+    async def _add(self, backends: Collection[BackendRecord]) -> None:
+        """Start one more replica of each of these, all or none; whoever publishes next tells of them."""
+        new = [self._make_replica(backend) for backend in backends]
+        try:
+            await self._start_replicas(new)
+            self._check_open()
+        except BaseException:
+            await self._see_through(self._end_replicas(new))
+            if not _is_cancelled():
+                self._check_open()  # it was `aclose` that gave the start up
+            raise
+        self._states.update((replica.id, "ready") for replica in new)
+
+    async def _start_replicas(self, replicas: Collection[Replica]) -> None:
+        names = ", ".join(dict.fromkeys(replica.backend.name for replica in replicas))
         slow = self._loop.call_later(SLOW_START_S, logger.info, "still starting %s", names)
-        starts = [self._loop.create_task(self._start_replica(replica)) for replica in self._replicas.values()]
+        starts = [self._loop.create_task(self._start_replica(replica)) for replica in replicas]
         try:
             await asyncio.gather(*starts)
         except BaseException as error:
@@ -246,6 +268,7 @@ class LocalRuntime:
             resolver=self,
         )
         self._replicas[replica.id] = replica
+        self._states[replica.id] = "starting"
         return replica
 
     async def _outlast_starts(self, starts: list[asyncio.Task[None]], error: BaseException) -> None:
@@ -268,14 +291,30 @@ class LocalRuntime:
 
     async def _publish(self) -> None:
         """Tell the directories and the ingress, as a controller would with a snapshot."""
-        ready: dict[str, list[ReplicaInfo]] = {}
-        for replica in self._replicas.values():
-            ready.setdefault(replica.backend.name, []).append(ReplicaInfo(replica.id, replica.id))
-        info = self._spec.published(ready)
-        await self._for_http.update(info)
-        await self._for_handles.update(info)
-        self._published += 1
-        self.ingress.update(Snapshot((0, self._published), (info,)))
+        async with self._publishing:
+            ready: dict[str, list[ReplicaInfo]] = {}
+            for replica in self._ready():
+                ready.setdefault(replica.backend.name, []).append(ReplicaInfo(replica.id, replica.id))
+            info = self._spec.published(ready)
+            await self._for_http.update(info)
+            await self._for_handles.update(info)
+            self._published += 1
+            self.ingress.update(Snapshot((0, self._published), (info,)))
+
+    def _ready(self) -> list[Replica]:
+        return [replica for replica in self._replicas.values() if self._states[replica.id] == "ready"]
+
+    async def _withdraw(self, replicas: Collection[Replica]) -> None:
+        """Tell what serves now, and end these, which do no longer."""
+        await self._publish()
+        await self._end_replicas(replicas)
+
+    async def _see_through(self, work: Coroutine[Any, Any, None]) -> None:
+        """It goes on where whoever waits for it is cancelled; `aclose` waits for it."""
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        await asyncio.shield(task)
 
     async def _connect(self, info: ReplicaInfo, receiver: Receiver) -> Link:
         replica = self._replicas[info.address]
@@ -306,16 +345,29 @@ class LocalRuntime:
 
     async def _end_replicas(self, replicas: Collection[Replica], limit_s: float | None = None) -> None:
         """Let what runs in them end, in their own time or this, and close them."""
+        self._states.update((replica.id, "stopping") for replica in replicas)
         await asyncio.gather(*(replica.drain(limit_s) for replica in replicas))
         await asyncio.gather(*(replica.aclose() for replica in replicas))
+        for replica in replicas:  # two may have ended it at once
+            self._replicas.pop(replica.id, None)
+            self._states.pop(replica.id, None)
 
     async def _end_all(self) -> None:
         """End what still runs; its callers hear of it before their links are closed."""
-        await self._end_replicas(self._replicas.values(), 0.0)
+        await self._end_replicas(list(self._replicas.values()), 0.0)
+        async with self._scaling:  # a change that was under way is given up, and cleans up
+            while self._tasks:
+                await asyncio.wait(self._tasks)
         await asyncio.sleep(0)  # the last frames
         self._for_http.close()
         self._for_handles.close()
         await asyncio.sleep(0)  # the ends of the links
+
+
+def _is_cancelled() -> bool:
+    """Whether somebody wants this very task to end."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 async def _close_proxy(proxy: Proxy, timeout_s: float) -> None:

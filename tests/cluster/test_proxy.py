@@ -10,10 +10,9 @@ import httpx2
 import msgspec
 import pytest
 import ray.cloudpickle
-from ray._private import serialization
 
 from serveit import HTTPOptions
-from serveit.cluster.actors import controller_handle
+from serveit.cluster.contact import find_controller
 from serveit.cluster.hosts import ProxyHost
 from serveit.control.orders import ProxyOrder, Started
 from tests.cluster import apps
@@ -31,7 +30,7 @@ def unpickled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         seen.append(bytes(octets)[:80])
         raise AssertionError("something was unpickled")
 
-    for module in (pickle, ray.cloudpickle, serialization.pickle):
+    for module in (pickle, ray.cloudpickle):
         monkeypatch.setattr(module, "loads", loads)
         monkeypatch.setattr(module, "load", loads)
     yield seen
@@ -40,7 +39,7 @@ def unpickled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 async def test_a_proxy_unpickles_nothing(instance: Instance, unpickled: list[Any]) -> None:
     name = await instance.deployed(apps.mortals)
     options = msgspec.json.encode(HTTPOptions(port=0))
-    host = ProxyHost(ProxyOrder("proxy-under-test", options, b"", ()), controller_handle())
+    host = ProxyHost(ProxyOrder("proxy-under-test", options, b"", ()), find_controller())
     outcome = await host.start()
     assert isinstance(outcome, Started)
     try:

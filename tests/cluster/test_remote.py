@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,14 +14,86 @@ import pytest
 import ray
 
 import serveit
+from serveit import App
 from serveit.client import Client
-from serveit.exceptions import DeadlineExceeded, QueueFull, RemoteError
+from serveit.exceptions import DeadlineExceeded, EncodingError, QueueFull, RemoteError
 from tests.cluster import apps
 from tests.cluster.instance import Instance
 from tests.flow.gates import Gate
 from tests.support import wait_until
 
 pytestmark = pytest.mark.cluster
+
+LARGE = 500_000
+"""Octets; Ray keeps what is this large in its object store, and small values with their owners."""
+
+references = App()
+
+
+@ray.remote(num_cpus=0)
+class Greeter:
+    async def greet(self) -> str:
+        return "hello"
+
+
+@ray.remote(num_cpus=0)
+def count_up() -> Iterator[int]:
+    yield from range(3)
+
+
+@ray.remote(num_cpus=0)
+def never(folder: str) -> None:
+    Gate(folder).passed_by_thread()
+
+
+def make_greeter() -> Any:
+    kind: Any = Greeter
+    return kind.remote()
+
+
+@references.backend
+class Refs:
+    """Calls that carry what only Ray knows how to send."""
+
+    async def __call__(self, refs: list[Any]) -> int:
+        value: Any = await refs[0]
+        return len(value)
+
+    async def keep(self, kept: Any) -> None:
+        self.kept = kept
+
+    async def kept_size(self) -> int:
+        return await self(self.kept)
+
+    async def make(self, size: int) -> Any:
+        return ray.put(b"x" * size)
+
+    async def make_many(self, count: int) -> AsyncIterator[Any]:
+        for number in range(count):
+            yield [ray.put(number)]
+
+    async def greet(self, actors: list[Any] | None = None) -> Any:
+        return await (actors or self.kept)[0].greet.remote()
+
+    async def make_actor(self) -> Any:
+        return make_greeter()
+
+    async def generators(self) -> Any:
+        return [count_up.remote()]
+
+    async def fail(self, refs: list[Any]) -> None:
+        raise LookupError(refs)
+
+
+@references.backend
+async def pause(seconds: float) -> None:
+    await asyncio.sleep(seconds)
+
+
+@references.backend
+def block(folder: str) -> str:
+    Gate(folder).passed_by_thread()
+    return "done"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -179,3 +253,91 @@ async def test_handles_travel_into_tasks_and_actors(client: Client) -> None:
     actor = apps.make_user(double)
     assert await asyncio.gather(*(actor.use.remote(number) for number in range(5))) == [0, 2, 4, 6, 8]
     ray.kill(actor)
+
+
+# -- what only Ray can send, inside the arguments and results of calls -----------------------------
+
+
+@pytest.fixture
+async def referring(instance: Instance) -> AsyncIterator[Client]:
+    name = await instance.deployed(references)
+    async with serveit.connect(address=None, app=name) as client:
+        yield client
+
+
+@pytest.fixture
+async def refs(referring: Client) -> Any:
+    return referring.get_handle("Refs")
+
+
+@pytest.mark.parametrize("size", [10, LARGE])
+async def test_refs_inside_arguments_can_be_awaited(refs: Any, size: int) -> None:
+    assert await refs.call([ray.put(b"x" * size)]) == size  # and nobody else holds it
+    await refs.keep.call([ray.put(b"x" * size)])
+    gc.collect()
+    assert await refs.kept_size.call() == size
+
+
+async def test_refs_inside_arguments_whose_tasks_still_run(refs: Any) -> None:
+    assert await refs.call([apps.make_array.remote(1_000)]) == 1_000
+
+
+@pytest.mark.parametrize("size", [10, LARGE])
+async def test_refs_that_a_function_returns_can_be_awaited(refs: Any, size: int) -> None:
+    ref = await refs.make.call(size)
+    gc.collect()
+    assert len(await ref) == size
+    assert len(await asyncio.to_thread(ray.get, ref)) == size
+    assert await refs.call([ref]) == size
+    assert [await item[0] async for item in refs.make_many.stream(3)] == [0, 1, 2]
+
+
+async def test_refs_in_exceptions(refs: Any) -> None:
+    with pytest.raises(LookupError) as caught:
+        await refs.fail.call([ray.put(5)])
+    assert await caught.value.args[0][0] == 5
+
+
+async def test_actor_handles_in_arguments_and_results(refs: Any) -> None:
+    assert await refs.greet.call([make_greeter()]) == "hello"
+    await refs.keep.call([make_greeter()])
+    gc.collect()
+    assert await refs.greet.call() == "hello"
+    assert await (await refs.make_actor.call()).greet.remote() == "hello"
+
+
+async def test_generators_of_refs_are_refused_with_the_way_out(refs: Any) -> None:
+    with pytest.raises(
+        EncodingError, match="an argument of 'Refs' cannot be sent: an ObjectRefGenerator"
+    ) as no:
+        await refs.call([count_up.remote()])
+    assert no.value.executed == "no"
+    with pytest.raises(EncodingError, match="send the ObjectRefs that it yields") as yes:
+        await refs.generators.call()
+    assert yes.value.executed == "yes"
+
+
+# -- deadlines -------------------------------------------------------------------------------------
+
+
+async def test_timeout_s_bounds_what_runs(referring: Client, gate: Gate) -> None:
+    for name, argument in (("pause", 60), ("block", str(gate.folder))):
+        handle = referring.get_handle(name).options(timeout_s=0.3)
+        begun = time.monotonic()
+        ref = await handle.remote(argument)
+        with pytest.raises(DeadlineExceeded) as caught:
+            await ref
+        assert caught.value.executed == "maybe"
+        assert time.monotonic() - begun < 5
+    gate.open()
+
+
+async def test_timeout_s_bounds_the_wait_for_refs(refs: Any, gate: Gate) -> None:
+    pending = never.remote(str(gate.folder))
+    handle = refs.options(timeout_s=0.3)
+    for use in (handle.call, handle.remote):
+        with pytest.raises(DeadlineExceeded, match="ObjectRefs among the arguments") as caught:
+            await use(pending)
+        assert caught.value.executed == "no"
+    gate.open()
+    await pending

@@ -7,23 +7,25 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, cast
 
 from serveit.calling.exchange import Exchange
 from serveit.config import MAX_SECONDS, check_options
 from serveit.context import inherited_deadline, new_request_id
-from serveit.exceptions import QueueFull
+from serveit.exceptions import DeadlineExceeded, QueueFull
 from serveit.wire.frames import STREAM, Buffer, Call, CallAnswer, Failure, FrameType, Reserve, Reserved
 from serveit.wire.pickles import dump, load, load_exception
 
 if TYPE_CHECKING:
     from serveit.calling.gateway import Gateway
     from serveit.calling.sync import SyncHandle
+    from serveit.types import Clock
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 E = TypeVar("E", bound=Exchange)
 
 
@@ -222,7 +224,8 @@ class Handle(Generic[P, R]):
         """Wait for a slot, submit, and return a `ray.ObjectRef`: await it, `ray.get` it, pass it on.
 
         ObjectRefs among the arguments are waited for here and fetched by the replica. What the function
-        raises is raised by the ObjectRef. An endpoint's shadows are not sent copies.
+        raises is raised by the ObjectRef, and so is DeadlineExceeded at the deadline. An endpoint's shadows
+        are not sent copies.
 
         Raises:
             NeedsRay: the app runs without Ray.
@@ -230,8 +233,10 @@ class Handle(Generic[P, R]):
         """
         gateway = await self._enter()
         tasks = gateway.needs_tasks()
-        await tasks.wait(args, kwargs)
-        exchange = self._route(gateway, ReserveExchange)
+        deadline = self._deadline(gateway)
+        if tasks.are_among(args, kwargs):
+            await self._in_time(tasks.wait(args, kwargs), deadline, gateway.directory.clock)
+        exchange = self._route(gateway, lambda target: ReserveExchange(target, deadline))
         try:
             await exchange.answer
             connection = exchange.connection
@@ -258,21 +263,48 @@ class Handle(Generic[P, R]):
     async def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallExchange:
         """Submit a call. Hot path."""
         gateway = await self._enter()
+        deadline = self._deadline(gateway)
         if gateway.tasks is not None and gateway.tasks.are_among(args, kwargs):
-            args, kwargs = await gateway.tasks.fetch(args, kwargs)
+            fetching = gateway.tasks.fetch(args, kwargs)
+            args, kwargs = await self._in_time(fetching, deadline, gateway.directory.clock)
         pickled = dump((args, kwargs), self._arguments)
-        return self._route(gateway, lambda target, deadline: CallExchange(target, pickled, deadline))
+        return self._route(gateway, lambda target: CallExchange(target, pickled, deadline))
 
-    def _route(self, gateway: Gateway, make: Callable[[str, float | None], E]) -> E:
+    def _deadline(self, gateway: Gateway) -> float | None:
+        """When a call that begins now is given up."""
+        deadline = inherited_deadline()
+        timeout_s = self._options.timeout_s
+        if timeout_s is None:
+            return deadline
+        own = gateway.directory.clock.time() + min(timeout_s, MAX_SECONDS)
+        return own if deadline is None else min(own, deadline)
+
+    async def _in_time(self, work: Coroutine[Any, Any, T], deadline: float | None, clock: Clock) -> T:
+        """What becomes of the ObjectRefs among the arguments, if it does before the deadline."""
+        if deadline is None:
+            return await work
+        task = asyncio.get_running_loop().create_task(work)
+        over = asyncio.Event()
+        task.add_done_callback(lambda _: over.set())
+        timer = clock.call_later(max(0.0, deadline - clock.time()), over.set)
+        try:
+            await over.wait()
+        finally:
+            timer.cancel()
+            task.cancel()
+        if not task.done():
+            raise DeadlineExceeded(
+                f"the deadline passed while waiting for the ObjectRefs among the arguments of {self._name!r}",
+                executed="no",
+            )
+        return task.result()
+
+    def _route(self, gateway: Gateway, make: Callable[[str], E]) -> E:
         """Make an exchange and give it to the router of the backend that this call goes to."""
         directory, options = gateway.directory, self._options
         endpoint = directory.endpoint(self._name)
-        deadline = inherited_deadline()
-        if options.timeout_s is not None:
-            own = directory.clock.time() + min(options.timeout_s, MAX_SECONDS)
-            deadline = own if deadline is None else min(own, deadline)
         target = options.method_name or endpoint.target
-        exchange = make(target, deadline)
+        exchange = make(target)
         try:
             directory.choose(endpoint, options.shard_key).submit(exchange)
         except QueueFull as error:
@@ -280,7 +312,7 @@ class Handle(Generic[P, R]):
                 f"{error}; `handle.map(items, max_in_flight=...)` submits only so many at a time"
             ) from None
         if endpoint.traffic.shadows and exchange.frame_type == FrameType.CALL:
-            directory.shadow(endpoint, lambda: make(target, deadline))
+            directory.shadow(endpoint, lambda: make(target))
         return exchange
 
 

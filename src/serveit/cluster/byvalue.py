@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import ast
 import builtins
+import functools
 import io
 import pickle
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from types import FunctionType, ModuleType
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, NewType, get_args
 
 import msgspec
 from ray.cloudpickle import cloudpickle as _cloudpickle
@@ -41,12 +42,18 @@ if TYPE_CHECKING:
 cloudpickle: Any = _cloudpickle
 """Untyped. Beside its Pickler, five functions of it are relied on, all of which the tests run."""
 
+_NewType: Any = NewType
+"""Untyped: the checker takes each call of it for a declaration."""
+
 MAX_BYTES = 2**20
 """Each replica gets a copy, and the checkpoint of the instance holds one."""
 
 MAX_MEASURED = 2**28
 MAX_MEASURING_S = 5.0
 """Where weighing what is too large ends: its pickle may have no end."""
+
+_OF_CACHES = (*functools.WRAPPER_ASSIGNMENTS, "__wrapped__", "cache_parameters")
+"""What `lru_cache` itself gives what it makes."""
 
 _WAY_OUT = "in the class's __init__, or put the app into a module and serve it as 'module:app'"
 
@@ -153,7 +160,29 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             raise TypeError("cannot pickle an open file")  # cloudpickle would read it
         if issubclass(kind, (FunctionType, type)):
             return self._reduce_definition(obj)
+        if self._is_lost(obj):
+            return self._reduce_lost(obj)
         return super().reducer_override(obj)
+
+    def _is_lost(self, obj: Any) -> bool:
+        """Whether it has a name, by which it may want to go, and which leads to nothing in replicas."""
+        module = getattr(obj, "__module__", None)
+        name = getattr(obj, "__qualname__", None) or getattr(obj, "__name__", None)
+        if module is None or name is None or type(obj) in self.dispatch_table:
+            return False
+        return not self.references.finds(obj, module, name)
+
+    def _reduce_lost(self, obj: Any) -> Any:
+        if isinstance(obj, functools._lru_cache_wrapper):
+            options = obj.cache_parameters()
+            own = {name: value for name, value in vars(obj).items() if name not in _OF_CACHES}
+            return cached, (obj.__wrapped__, options["maxsize"], options["typed"]), own
+        if isinstance(obj, _NewType):
+            return new_type, (obj.__qualname__, obj.__supertype__, obj.__module__)
+        reduced = super().reducer_override(obj)
+        if reduced is NotImplemented and isinstance(name := obj.__reduce_ex__(5), str):
+            raise TypeError(f"it would go by its name, {name!r}, which only this process knows it by")
+        return reduced
 
     def _reduce_backend(self, record: BackendRecord) -> Any:
         if record.app is not self.app:  # its own are copied with it, so that they stay its own
@@ -260,6 +289,17 @@ class _Unpickler(pickle.Unpickler):
 def blank(kind: type[BackendRecord]) -> BackendRecord:
     """A record to be filled: its state leads back to it."""
     return kind.__new__(kind)
+
+
+def cached(function: Any, maxsize: int | None, typed: bool) -> Any:
+    """A function with `functools.cache` or `lru_cache`, and nothing in its cache."""
+    return functools.lru_cache(maxsize, typed)(function)
+
+
+def new_type(name: str, supertype: Any, module: str) -> Any:
+    made = _NewType(name, supertype)
+    made.__module__ = module
+    return made
 
 
 def make_function(module: str, code: Any, cells: Any) -> FunctionType:

@@ -13,30 +13,23 @@ import secrets
 import threading
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import anyio
-import msgspec
 import ray
 from anyio.from_thread import BlockingPortal
 
 from serveit.calling.gateway import Gateway, open_portal
 from serveit.calling.handle import Handle, HandleOptions
+from serveit.cluster.contact import Line, find_controller, join
+from serveit.cluster.objects import install
 from serveit.cluster.refs import RayTasks
+from serveit.cluster.session import join_cluster
 from serveit.cluster.watch import Watch
 from serveit.config import HANDLE_QUEUE, did_you_mean
-from serveit.control.orders import CONTROLLER, NAMESPACE, Joined, parse_place
 from serveit.exceptions import NotServing
-from serveit.wire.channel import connect
 
 if TYPE_CHECKING:
     from serveit.declare.app import App
-    from serveit.wire.channel import Channel
-    from serveit.wire.frames import Frame
-
-CONTROL_S = 5.0
-"""What the controller gets to answer."""
-GONE = "the controller is gone: requests go on, but nothing can be changed before the app is served anew"
 
 
 class Entrance:
@@ -60,12 +53,13 @@ class Entrance:
 
     async def open(self) -> None:
         """Join the instance. Raises NotServing where there is none."""
+        install()
         controller = await asyncio.to_thread(find_controller)
-        joined = msgspec.msgpack.decode(await answer(controller.join.remote()), type=Joined)
+        joined = await join(controller)
         member = f"{self._role}-{os.getpid()}-{secrets.token_hex(4)}"
-        line = None
+        line = Line(find_controller, self._role, member=member)
         with contextlib.suppress(OSError):  # without it the controller waits longer for who is gone
-            line = await hold_line(joined, self._role, member=member)
+            await line.open(joined)
         self.watch = Watch(
             controller,
             member=member,
@@ -100,32 +94,8 @@ class Entrance:
             await self.watch.aclose()
 
 
-class _Silent:
-    """This end of a line: nothing is said on it."""
-
-    def frame_received(self, frame: Frame) -> None: ...
-
-    def link_lost(self, error: BaseException | None) -> None: ...
-
-
-async def hold_line(joined: Joined, role: str, **who: str) -> Channel:
-    """A connection to the controller, whose end tells it that a watcher or an owner of apps is gone.
-
-    Args:
-        joined: what the controller told.
-        role: of this process.
-        who: "member", a watcher's name, or "owner".
-    """
-    place = parse_place(joined.lines)
-    near = place.node == ray.get_runtime_context().get_node_id()
-    address = place.unix if near else place.tcp
-    if not address:
-        raise OSError("the controller is on another node and listens on none of its addresses")
-    return await connect(address, _Silent(), role=role, secret=joined.secret, extra=who)
-
-
-# One per event loop, for handles that belong to no client; never closed but with its loop or replica.
-_entrances: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Future[Entrance]] = WeakKeyDictionary()
+# One per event loop, for handles that belong to no client; closed with its loop or replica.
+_entrances: dict[asyncio.AbstractEventLoop, asyncio.Task[Entrance]] = {}
 
 
 async def enter(role: str = "driver", portal: BlockingPortal | None = None) -> Entrance:
@@ -134,19 +104,27 @@ async def enter(role: str = "driver", portal: BlockingPortal | None = None) -> E
     The arguments are `Entrance`'s.
     """
     loop = asyncio.get_running_loop()
-    opened = _entrances.get(loop)
-    if opened is None:
-        opened = _entrances[loop] = loop.create_future()
-        try:
-            entrance = Entrance(role, portal)
-            await entrance.open()
-        except BaseException as error:
-            del _entrances[loop]
-            opened.set_exception(error if isinstance(error, Exception) else NotServing("given up"))
-            opened.exception()  # counts as seen
-            raise
-        opened.set_result(entrance)
-    return await asyncio.shield(opened)
+    opening = _entrances.get(loop)
+    if opening is None or _has_failed(opening):
+        for closed in [other for other in _entrances if other.is_closed()]:
+            del _entrances[closed]
+        # In a task of its own: who comes first may give up, and the others go on.
+        opening = _entrances[loop] = loop.create_task(_opened(role, portal))
+    return await asyncio.shield(opening)
+
+
+def _has_failed(opening: asyncio.Task[Entrance]) -> bool:
+    return opening.done() and (opening.cancelled() or opening.exception() is not None)
+
+
+async def _opened(role: str, portal: BlockingPortal | None) -> Entrance:
+    entrance = Entrance(role, portal)
+    try:
+        await entrance.open()
+    except BaseException:
+        await entrance.aclose()
+        raise
+    return entrance
 
 
 class Elsewhere(Gateway):
@@ -251,47 +229,12 @@ class _At(Elsewhere):
         self._address = address
 
     async def enter(self, who: object) -> Gateway:
-        if not ray.is_initialized():
-            await asyncio.to_thread(ray.init, address=self._address, log_to_driver=False)
-        elif (here := ray.get_runtime_context().gcs_address) != self._address:
+        await asyncio.to_thread(join_cluster, self._address)
+        if (here := ray.get_runtime_context().gcs_address) != self._address:
             raise NotServing(
                 f"{who!r} belongs to the Ray cluster at {self._address}; this process is connected to {here}"
             )
         return await super().enter(who)
-
-
-def find_controller() -> Any:
-    """The controller of the instance in this process's Ray.
-
-    Raises:
-        NotServing: there is none.
-    """
-    if not ray.is_initialized():
-        raise NotServing("this process is not connected to Ray: ray.init(address=...) comes first")
-    try:
-        return ray.get_actor(CONTROLLER, namespace=NAMESPACE)
-    except ValueError:
-        raise NotServing(
-            "no serveit instance runs in this Ray cluster: start an app with `serveit run module:app`, "
-            "or `async with serveit.serve(app)`"
-        ) from None
-
-
-async def answer(ref: Any, timeout_s: float | None = CONTROL_S) -> Any:
-    """What the controller answers.
-
-    Raises:
-        NotServing: it is gone, or says nothing for so long.
-        Exception: what it refuses the request with.
-    """
-    try:
-        return await asyncio.wait_for(ref, timeout_s)
-    except TimeoutError:
-        raise NotServing(f"the controller has not answered for {timeout_s:g} s") from None
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from None
-    except ray.exceptions.RayActorError as error:
-        raise NotServing(f"{GONE} ({type(error).__name__})", executed="maybe") from None
 
 
 _process_portal: Future[BlockingPortal] | None = None

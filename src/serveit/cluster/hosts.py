@@ -17,6 +17,7 @@ import msgspec
 
 from serveit.clock import LoopClock
 from serveit.cluster.gateways import Resolver
+from serveit.cluster.objects import install
 from serveit.cluster.session import node_address
 from serveit.cluster.shipping import Shipment, find, unpack
 from serveit.cluster.watch import Watch
@@ -54,6 +55,7 @@ class ReplicaHost:
     def __init__(self, order: ReplicaOrder, node: str) -> None:
         self._order = order
         self._node = node
+        self.has_run_tasks = False
         self._exit = contextlib.AsyncExitStack()
         self._doors: list[Listening] = []
         self._closing: list[asyncio.Task[None]] = []
@@ -71,6 +73,7 @@ class ReplicaHost:
         return Started(os.getpid(), place_text(place))
 
     async def _start_replica(self) -> None:
+        install()
         order = self._order
         shipment = msgspec.msgpack.decode(order.code, type=Shipment)
         app = unpack(shipment)
@@ -101,7 +104,7 @@ class ReplicaHost:
             door = await listen(address, self._accept, role=REPLICA_ROLE, secret=order.secret)
             self._doors.append(door)
             tcp = door.address
-        return Place(self._node, unix, tcp)
+        return Place(self._node, unix, tcp, order.actor)
 
     def _accept(self, channel: Channel) -> Receiver:
         may_call = channel.peer.role != PROXY_ROLE

@@ -78,6 +78,15 @@ class References:
         """
         return isinstance(name, str) and name in sys.modules and not self.can_import(name.partition(".")[0])
 
+    def finds(self, target: Any, module: Any, qualname: Any) -> bool:
+        """Whether a replica that follows these names gets to the target's like."""
+        if self.is_in_memory(module):
+            return False
+        try:
+            return next(_layers(sys.modules[module], qualname, 0)) is target
+        except Exception:  # whatever the user's attributes and descriptors do
+            return False
+
     def holder(self, held: App | BackendRecord) -> Reference | None:
         """The module-level name of an app or backend: where its functions are, else the shortest."""
         homes = Counter(_homes(held))

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from serveit.control.orders import NAMESPACE
+from serveit.control.orders import NAMESPACE, parse_place
+from serveit.exceptions import NotServing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,9 +53,11 @@ class RayTasks:
         self, replica: ReplicaInfo, request_id: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """The actor task for a slot that is held."""
+        if not ray.is_initialized():
+            raise NotServing(f"Ray has been shut down: replica {replica.id} of app {self._app!r} is gone")
         actor: Any = self._actors.get(replica.id)
         if actor is None:
-            name = f"{self._app}/{replica.id}"
+            name = parse_place(replica.address).actor
             actor = await asyncio.to_thread(ray.get_actor, name, namespace=NAMESPACE)
             self._actors[replica.id] = actor
         if self.are_among(args, kwargs):
@@ -67,13 +70,14 @@ class _Waiter:
     """One thread that waits for all refs that somebody waits for, without fetching them.
 
     All mutable state: `_new` (refs that the thread has not taken in yet), `_thread` (while there is
-    something to wait for).
+    something to wait for), `_stopping`.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._new: list[tuple[Any, asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+        self._new: list[_Waiting] = []
         self._thread: threading.Thread | None = None
+        self._stopping = False
 
     async def wait(self, ref: Any) -> None:
         loop = asyncio.get_running_loop()
@@ -81,32 +85,58 @@ class _Waiter:
         with self._lock:
             self._new.append((ref, loop, future))
             if self._thread is None:
+                self._stopping = False
                 self._thread = threading.Thread(target=self._run, name="serveit-refs", daemon=True)
                 self._thread.start()
         await future
 
+    def stop(self) -> None:
+        """Ray is about to be shut down: who waits goes on, and hears of it from what it does next."""
+        with self._lock:
+            thread, self._stopping = self._thread, True
+        if thread is not None:
+            thread.join()
+
     def _run(self) -> None:
-        waiting: dict[Any, list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]]] = {}
+        waiting: list[_Waiting] = []
         while True:
             with self._lock:
-                for ref, loop, future in self._new:
-                    waiting.setdefault(ref, []).append((loop, future))
+                # Without those whose waiters have given up.
+                waiting = [one for one in (*waiting, *self._new) if not one[2].done()]
                 self._new.clear()
-                if not waiting:
+                if not waiting or self._stopping:
                     self._thread = None
-                    return
-            try:
-                ready, _ = ray.wait(list(waiting), num_returns=1, timeout=WAIT_S, fetch_local=False)
-            except Exception:
-                # Ray was shut down: whoever waits goes on, and hears of it from what it does next.
-                ready = list(waiting)
-            for ref in ready:
-                for loop, future in waiting.pop(ref):
-                    with contextlib.suppress(RuntimeError):  # the loop is closed
-                        loop.call_soon_threadsafe(_set, future)
+                    break
+            ready = _ready([ref for ref, _, _ in waiting])
+            waiting = [one for one in waiting if not _tell(one, ready)]
+        for one in waiting:
+            _tell(one, {one[0]})
 
 
+_Waiting = tuple[Any, asyncio.AbstractEventLoop, "asyncio.Future[None]"]
 _waiter = _Waiter()
+stop_waiting = _waiter.stop
+
+
+def _ready(refs: list[Any]) -> set[Any]:
+    """Those that can be had, or all of them where Ray is gone."""
+    distinct = list(dict.fromkeys(refs))
+    if not ray.is_initialized():
+        return set(distinct)
+    try:
+        ready, _ = ray.wait(distinct, num_returns=1, timeout=WAIT_S, fetch_local=False)
+    except Exception:
+        return set(distinct)
+    return set(ready)
+
+
+def _tell(waiting: _Waiting, ready: set[Any]) -> bool:
+    ref, loop, future = waiting
+    if ref not in ready:
+        return False
+    with contextlib.suppress(RuntimeError):  # the loop is closed
+        loop.call_soon_threadsafe(_set, future)
+    return True
 
 
 def _set(future: asyncio.Future[None]) -> None:

@@ -20,8 +20,10 @@ import ray
 
 from serveit.calling.gateway import open_portal
 from serveit.calling.handle import Handle
-from serveit.cluster.actors import start_controller
-from serveit.cluster.gateways import ClusterGateway, Entrance, answer, find_controller, hold_line
+from serveit.cluster.contact import Line, ask, find_controller, join
+from serveit.cluster.controller import start_controller
+from serveit.cluster.gateways import ClusterGateway, Entrance
+from serveit.cluster.launching import end_actors
 from serveit.cluster.session import Session, open_session
 from serveit.cluster.shipping import pack
 from serveit.context import serving
@@ -113,10 +115,11 @@ class ClusterRuntime:
                 spec = await self._make_spec(self.app, self.name, self.prefix, self._owner)
             session = await self._open_session(stack)
             ways = await stack.enter_async_context(contextlib.AsyncExitStack())
-            joined = await self._join(session, ways)
             if spec is not None:
                 # Ends first: what runs may end while the ways to it are still open.
                 stack.push_async_callback(self._end, session)
+            joined = await self._join(session, ways)
+            if spec is not None:
                 # At the same time: each takes a process of its own.
                 await _both(self._serve_http(joined), self._deploy(spec))
             await self._open_ways(ways)
@@ -142,22 +145,22 @@ class ClusterRuntime:
 
     async def status(self) -> dict[str, Any]:
         """The app's backends, their replicas and what these are doing."""
-        octets = await answer(self._controller.status.remote(self.name))
+        octets = await ask(self._controller.status, self.name)
         return {"app": self.name, "url": self.url, **msgspec.msgpack.decode(octets)}
 
     async def spec(self) -> AppSpec:
         """The app as it is to be."""
-        octets = await answer(self._controller.describe.remote(self.name))
+        octets = await ask(self._controller.describe, self.name)
         return msgspec.msgpack.decode(octets, type=AppSpec)
 
     async def scale(self, backend: str, num_replicas: int) -> None:
         """Change a backend's number of replicas; returns when they are there."""
-        octets = await answer(self._controller.scale.remote(self.name, backend, num_replicas), None)
+        octets = await ask(self._controller.scale, self.name, backend, num_replicas, timeout_s=None)
         _check(decode_deployed(octets))
 
     async def reroute(self, endpoint: str, weights: Any, shadows: Any) -> None:
         """Change where an endpoint leads; returns when proxies and handles know."""
-        await answer(self._controller.reroute.remote(self.name, endpoint, weights, shadows), None)
+        await ask(self._controller.reroute, self.name, endpoint, weights, shadows, timeout_s=None)
 
     async def deploy(self, app: App, *, name: str, prefix: str) -> None:
         """Serve another app in the same instance; it stays until it is deleted."""
@@ -165,7 +168,7 @@ class ClusterRuntime:
 
     async def delete(self) -> None:
         """End the app, whoever started it."""
-        await answer(self._controller.delete.remote(self.name, None), None)
+        await ask(self._controller.delete, self.name, None, timeout_s=None)
 
     # -- starting ----------------------------------------------------------------------------
 
@@ -203,24 +206,22 @@ class ClusterRuntime:
         """Find or make the controller, and be known to it. One that is just ending is waited for."""
         if self.app is None:
             self._controller = await asyncio.to_thread(find_controller)
-            return await self._introduce()
+            return await join(self._controller, JOIN_S)
+        line = Line(find_controller, "driver", owner=self._owner)
+        ways.callback(line.close)
         begun = time.monotonic()
         while True:
             self._controller = await asyncio.to_thread(
                 start_controller, session.folder, not session.embedded, self._log_level
             )
             try:
-                joined = await self._introduce()
-                line = await hold_line(joined, "driver", owner=self._owner)
-                ways.callback(line.close)
+                joined = await join(self._controller, JOIN_S)
+                await line.open(joined)
                 return joined
             except (NotServing, ConnectionError, FileNotFoundError):
                 if time.monotonic() - begun > JOIN_S:
                     raise
                 await asyncio.sleep(JOIN_RETRY_S)
-
-    async def _introduce(self) -> Joined:
-        return msgspec.msgpack.decode(await answer(self._controller.join.remote(), JOIN_S), type=Joined)
 
     async def _open_ways(self, ways: contextlib.AsyncExitStack) -> None:
         """Handles, from this loop and from other threads."""
@@ -230,7 +231,7 @@ class ClusterRuntime:
         await self._entrance.open()
         self._gateway = self._entrance.gateway(self.name)
         if self.app is None:
-            self.url = await answer(self._controller.url.remote())
+            self.url = await ask(self._controller.url)
 
     async def _make_spec(self, app: App, name: str, prefix: str, owner: str) -> AppSpec:
         shipment = await asyncio.to_thread(pack, app)
@@ -245,11 +246,11 @@ class ClusterRuntime:
         return spec if self._http_options().serves else msgspec.structs.replace(spec, routes=())
 
     async def _deploy(self, spec: AppSpec) -> None:
-        version = await answer(self._controller.deploy.remote(encode(spec)))
+        version = await ask(self._controller.deploy, encode(spec))
         names = ", ".join(backend.name for backend in spec.backends)
         slow = asyncio.get_running_loop().call_later(SLOW_START_S, logger.info, "still starting %s", names)
         try:
-            octets = await answer(self._controller.deployed.remote(spec.name, version), None)
+            octets = await ask(self._controller.deployed, spec.name, version, timeout_s=None)
         finally:
             slow.cancel()
         _check(decode_deployed(octets))
@@ -266,8 +267,8 @@ class ClusterRuntime:
                 paths=tuple(sys.path),
                 log_level=self._log_level,
             )
-        call = self._controller.http.remote(wanted, encode(order) if order is not None else None)
-        octets = await answer(call, None)
+        ordered = encode(order) if order is not None else None
+        octets = await ask(self._controller.http, wanted, ordered, timeout_s=None)
         outcome = msgspec.msgpack.decode(octets, type=Started | StartFailed | None)
         if isinstance(outcome, StartFailed):
             raise _error(outcome)
@@ -277,11 +278,17 @@ class ClusterRuntime:
         """End the app; with the last one, and where this started Ray, the instance ends too."""
         if self._gateway is not None:
             self._gateway.directory.drain()  # what comes from here from now on is refused at once
-        with contextlib.suppress(NotServing):
-            if session.embedded:
-                await answer(self._controller.shutdown.remote(), None)
+        if self._controller is None:
+            return
+        try:
+            if session.is_last:
+                await ask(self._controller.shutdown, timeout_s=None)
             else:
-                await answer(self._controller.delete.remote(self.name, self._owner), None)
+                await ask(self._controller.delete, self.name, self._owner, timeout_s=None)
+        except NotServing:
+            # Nobody else looks after its replicas now.
+            if ray.is_initialized():
+                await asyncio.to_thread(end_actors, self.name)
 
 
 def _take_signals_back() -> None:

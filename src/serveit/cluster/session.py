@@ -9,12 +9,14 @@ import secrets
 import socket
 import stat
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 
+from serveit.cluster.refs import stop_waiting
 from serveit.control.orders import NAMESPACE
 
 if TYPE_CHECKING:
@@ -29,16 +31,29 @@ YOUNG_S = 10.0
 """What a process gets between making its socket and listening on it."""
 
 
+_lock = threading.Lock()
+"""Held while this process's Ray is started, joined, or shut down."""
+_users = 0
+"""Sessions in the Ray that was started or joined here: the last one to be closed shuts it down."""
+_embedded = False
+"""Whether it was started here."""
+
+
 class Session:
     """Ray for as long as this process serves.
 
     Attributes:
-        embedded: whether it was started here, and ends with `close`.
+        embedded: whether it was started here, and ends with the last session.
     """
 
     def __init__(self, *, embedded: bool, joined: bool) -> None:
         self.embedded = embedded
         self._joined = joined
+
+    @property
+    def is_last(self) -> bool:
+        """Whether an embedded Ray ends with this one."""
+        return self.embedded and _users == 1
 
     def __repr__(self) -> str:
         return f"<Session {'embedded' if self.embedded else 'joined'}>"
@@ -52,12 +67,18 @@ class Session:
 
     def close(self) -> None:
         """Leave Ray as it was found. The user may have left it already."""
-        if not ray.is_initialized() or not (self.embedded or self._joined):
-            return
-        folder = Path(self.folder)
-        ray.shutdown()
-        if self.embedded:
-            _remove(folder, young_s=0.0)
+        global _users
+        with _lock:
+            if not ray.is_initialized() or not (self.embedded or self._joined):
+                return
+            _users -= 1
+            if _users > 0:
+                return
+            folder = Path(self.folder)
+            stop_waiting()
+            ray.shutdown()
+            if self.embedded:
+                _remove(folder, young_s=0.0)
 
 
 def open_session(address: str | None = None) -> Session:
@@ -71,14 +92,40 @@ def open_session(address: str | None = None) -> Session:
         ConnectionError: no cluster at the address.
         RuntimeError: this process is connected to another.
     """
-    if ray.is_initialized():
-        here = ray.get_runtime_context().gcs_address
-        if address not in (None, "auto", here):
-            raise RuntimeError(
-                f"this process is connected to the Ray cluster at {here} already, not to {address!r}: "
-                "leave address out, or call ray.shutdown() first"
-            )
-        return Session(embedded=False, joined=False)
+    global _users
+    with _lock:
+        if not ray.is_initialized():
+            _users = 0
+            session = _start(address)
+        else:
+            session = _found(address)
+        _users += session.embedded or session._joined
+    return session
+
+
+def join_cluster(address: str) -> None:
+    """Connect this process to Ray, if it is not connected yet. For handles that came from elsewhere."""
+    with _lock:
+        if not ray.is_initialized():
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+
+
+def _found(address: str | None) -> Session:
+    """In the Ray that this process is connected to."""
+    here = ray.get_runtime_context().gcs_address
+    if address not in (None, "auto", here):
+        raise RuntimeError(
+            f"this process is connected to the Ray cluster at {here} already, not to {address!r}: "
+            "leave address out, or call ray.shutdown() first"
+        )
+    started_here = _users > 0
+    return Session(embedded=started_here and _embedded, joined=started_here and not _embedded)
+
+
+def _start(address: str | None) -> Session:
+    """In a Ray that this process joins, or starts."""
+    global _embedded
+    _embedded = address is None
     if address is not None:
         _check_reachable(address)
         try:

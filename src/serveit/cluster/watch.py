@@ -16,6 +16,7 @@ import ray
 
 from serveit.calling.directory import Directory
 from serveit.clock import DeadlineWheel, LoopClock
+from serveit.cluster.contact import find_controller, join
 from serveit.control.orders import parse_place
 from serveit.control.snapshot import AppInfo, Snapshot
 from serveit.exceptions import NotServing
@@ -25,6 +26,7 @@ from serveit.wire.channel import connect
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from serveit.cluster.contact import Line
     from serveit.control.snapshot import ReplicaInfo
     from serveit.wire.link import Link, Receiver
 
@@ -53,7 +55,7 @@ class Watch:
         secret: bytes,
         default_queue: int,
         on_snapshot: Callable[[Snapshot], None] | None = None,
-        line: Link | None = None,
+        line: Line | None = None,
     ) -> None:
         """
         Args:
@@ -122,6 +124,10 @@ class Watch:
         try:
             while True:
                 await self._take_in(await self._next())
+        except NotServing as error:
+            if self.version == (0, 0):
+                raise
+            logger.warning("%s", error)
         finally:
             self.close()
             # Here, where loops that are not closed in order come by, too: whoever is not forgotten is
@@ -133,9 +139,11 @@ class Watch:
     async def _next(self) -> Snapshot:
         """The next snapshot; meanwhile, replicas that could not be reached are tried again."""
         while True:
+            _check_connected()
             call = asyncio.ensure_future(_result(self._controller.watch.remote(self._member, self.version)))
             try:
                 while not call.done():
+                    _check_connected()
                     await asyncio.wait((call,), timeout=await self._reconnected())
                 return msgspec.msgpack.decode(call.result(), type=Snapshot)
             except ray.exceptions.ActorDiedError as error:
@@ -143,13 +151,26 @@ class Watch:
                     raise NotServing(f"the controller is gone ({type(error).__name__})") from None
                 # Requests go on without it.
                 logger.warning("the controller is gone; what is known of the app stays")
-                while True:  # noqa: ASYNC110 - there is nobody left who would tell
-                    await asyncio.sleep(await self._reconnected())
+                await self._find_another()
             except ray.exceptions.RayError as error:
                 logger.warning("the controller does not answer: %s", error)
                 await asyncio.sleep(RETRY_S)
             finally:
                 call.cancel()
+
+    async def _find_another(self) -> None:
+        """Wait for the controller that comes after one that died: nobody is left who would tell."""
+        dead = self._controller
+        while self._controller is dead:
+            _check_connected()
+            await asyncio.sleep(await self._reconnected())
+            try:
+                controller = await asyncio.to_thread(find_controller)
+                if controller._actor_id != dead._actor_id:
+                    self._secret = (await join(controller)).secret
+                    self._controller = controller
+            except NotServing:
+                continue
 
     async def _take_in(self, snapshot: Snapshot) -> None:
         infos = {info.name: info for info in snapshot.apps}
@@ -194,6 +215,12 @@ class Watch:
         if not place.tcp:
             raise OSError(f"replica {info.id} is on another node and listens on none of its addresses")
         return await connect(place.tcp, receiver, role=self._role, secret=self._secret)
+
+
+def _check_connected() -> None:
+    """Whatever is asked of Ray once it has been shut down starts it anew."""
+    if not ray.is_initialized():
+        raise NotServing("Ray has been shut down in this process: nothing is followed any more")
 
 
 async def _result(ref: Any) -> bytes:

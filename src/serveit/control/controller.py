@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import secrets
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,7 @@ class Controller:
         over_tcp: bool,
         log_level: str,
         clock: Clock | None = None,
+        token: str = "",
     ) -> None:
         """
         Args:
@@ -61,11 +63,12 @@ class Controller:
             over_tcp: whether there may be other nodes.
             log_level: of the processes.
             clock: the running event loop's, if there is none.
+            token: part of the names of its replicas' actors; made up, if it is empty.
         """
         self._clock = clock if clock is not None else LoopClock()
         self._publisher = Publisher(self._clock, epoch=time.time_ns() // 1_000_000)
         self._proxies = Proxies(launcher, self._clock, self._publisher.forget)
-        surroundings = Surroundings(folder, secret, over_tcp, log_level)
+        surroundings = Surroundings(folder, secret, over_tcp, log_level, token or secrets.token_hex(3))
         self._reconciler = Reconciler(launcher, self._clock, self._publisher, surroundings)
         self._apps = self._reconciler.apps
         self._outcomes: dict[int, asyncio.Future[Deployed | DeployFailed]] = {}
@@ -145,15 +148,15 @@ class Controller:
         return await self._in_force(self._known(name).outcome)
 
     async def delete(self, name: str, owner: str | None = None) -> None:
-        """End an app: its routes first, then what it runs may end, then its replicas.
+        """End an app: its routes first, then what it runs may end, then its replicas. One that is ending
+        already is waited for.
 
         Args:
             name: of the app.
             owner: who wants it; an app that another driver has taken over stays. None: whoever has it.
         """
-        app = self._apps.get(name)
-        if app is not None and owner in (None, app.target.spec.owner):
-            await self._reconciler.remove(name)
+        await self._reconciler.remove(name, owner)
+        await self._last_ended()
 
     async def shutdown(self) -> None:
         """End everything: stop accepting, let what runs end, stop the processes. Once is enough."""
@@ -163,10 +166,8 @@ class Controller:
 
     async def _shut_down(self) -> None:
         self._reconciler.stopping = True
-        versions = [version for app in self._apps.values() for version in app.versions]
-        drain_s = max((backend.drain_s for v in versions for backend in v.spec.backends), default=0.0)
         try:
-            await self._proxies.aclose(drain_s)
+            await self._proxies.aclose(self._reconciler.drain_s)
         finally:
             await self._reconciler.aclose()
 
@@ -189,8 +190,8 @@ class Controller:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing to run, and nobody who may be about to deploy something."""
-        return not self._apps and not any(self._owners.values())
+        """Whether nothing is to run, nothing is still ending, and nobody may be about to deploy something."""
+        return self._reconciler.is_empty and not any(self._owners.values())
 
     # -- HTTP --------------------------------------------------------------------------------
 
@@ -228,6 +229,13 @@ class Controller:
         for name in names:
             logger.warning("the driver of app %r is gone: deleting the app", name)
         await asyncio.gather(*map(self.delete, names))
+        await self._last_ended()
+
+    async def _last_ended(self) -> None:
+        """Without any app: wait for what a failed deploy has left. Whoever ended the last app, or was the
+        last, looks next whether this is empty, and nobody does so later."""
+        if not self._apps:
+            await self._reconciler.ended()
 
     # -- snapshots ---------------------------------------------------------------------------
 

@@ -28,6 +28,9 @@ class ReplicaOrder(msgspec.Struct, frozen=True):
     over_tcp: bool
     """Whether callers on other nodes have to reach it."""
     log_level: str = "info"
+    actor: str = ""
+    """The name of its actor: no other replica of the cluster has it, not even one that a dead controller
+    has left."""
 
 
 class ProxyOrder(msgspec.Struct, frozen=True):
@@ -69,6 +72,8 @@ class Place(msgspec.Struct, frozen=True):
     node: str
     unix: str
     tcp: str = ""
+    actor: str = ""
+    """The name of the actor, for tasks."""
 
 
 class Joined(msgspec.Struct, frozen=True):

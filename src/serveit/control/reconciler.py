@@ -37,12 +37,14 @@ class Surroundings(NamedTuple):
     secret: bytes
     over_tcp: bool
     log_level: str
+    token: str
+    """Of this instance's controller: what a controller before it has left running has other names."""
 
 
 class Reconciler:
     """All mutable state: `apps` (by name), `_leaving` (deleted, with requests that still run), `stopping`
-    (nothing is started any more), `_number` (of the last replica), `_tasks`, and those of them that end
-    replicas: `_endings`."""
+    (nothing is started any more), `_number` (of the last replica), `_tasks`, and of them those that end
+    apps, `_removals`, and replicas, `_endings`."""
 
     def __init__(
         self, launcher: Launcher, clock: Clock, publisher: Publisher, surroundings: Surroundings
@@ -56,23 +58,52 @@ class Reconciler:
         self._leaving: list[RunningApp] = []
         self._number = 0
         self._tasks: set[asyncio.Task[None]] = set()
+        self._removals: dict[RunningApp, asyncio.Task[None]] = {}
         self._endings: set[asyncio.Task[None]] = set()
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing runs, and nothing is still ending."""
+        return not (self.apps or self._removals or self._endings)
+
+    @property
+    def drain_s(self) -> float:
+        """The longest that anything may take to end what it runs."""
+        apps = (*self.apps.values(), *self._removals)
+        return max((app.drain_s for app in apps), default=0.0)
+
     def publish(self) -> None:
-        """Tell callers what serves."""
-        leaving = [app for app in self._leaving if app.name not in self.apps]
-        infos = (app.published() for app in (*self.apps.values(), *leaving))
+        """Tell callers what serves; of two apps of one name: the later."""
+        known = {app.name: app for app in (*self._leaving, *self.apps.values())}
+        infos = (app.published() for app in known.values())
         self._publisher.publish(tuple(info for info in infos if info is not None))
 
-    async def remove(self, name: str) -> None:
-        """End an app: its routes first, then what it runs may end, then its replicas."""
-        app = self.apps.pop(name, None)
-        if app is None:
-            return
+    async def remove(self, name: str, owner: str | None = None) -> None:
+        """End an app: its routes first, then what it runs may end, then its replicas. Goes on if whoever
+        waits for it is cancelled; who asks again waits for the same end, not for another app's that was
+        deployed under the name meanwhile.
+
+        Args:
+            name: of the app.
+            owner: only this one's; None for anybody's.
+        """
+        app = self.apps.get(name)
+        if app is not None and app.is_of(owner):
+            self._remove(app)
+        await _all([end for app, end in self._removals.items() if app.name == name and app.is_of(owner)])
+
+    def _remove(self, app: RunningApp) -> None:
+        del self.apps[app.name]
         app.settle(DeployFailed("the app was deleted"))
-        await self._let_end(app)
-        endings = [self._end(app, replica) for replica in app.replicas.values()]
-        self.publish()
+        removal = self._removals[app] = self._run(self._removed(app))
+        removal.add_done_callback(lambda _: self._removals.pop(app))
+
+    async def _removed(self, app: RunningApp) -> None:
+        try:
+            await self._let_end(app)
+        finally:
+            endings = [self._end(app, replica) for replica in app.replicas.values()]
+            self.publish()
         await self._publisher.acknowledged(self._publisher.snapshot.version)
         await _all(endings)
 
@@ -87,11 +118,17 @@ class Reconciler:
         finally:
             self._leaving.remove(app)
 
-    async def aclose(self) -> None:
-        """End all apps, and wait for all replicas that are being ended."""
-        self.stopping = True
-        await asyncio.gather(*map(self.remove, list(self.apps)))
+    async def ended(self) -> None:
+        """Wait for all replicas that are being ended by now."""
         await _all(self._endings)
+
+    async def aclose(self) -> None:
+        """End all apps, and wait for all of them, and all replicas, that are being ended."""
+        self.stopping = True
+        for app in list(self.apps.values()):
+            self._remove(app)
+        await _all(self._removals.values())
+        await self.ended()
         for task in self._tasks:
             task.cancel()
         await _all(self._tasks)
@@ -101,10 +138,8 @@ class Reconciler:
 
         Nothing in it calls back: what it sets off happens in tasks, which come back here.
         """
-        if self.apps.get(app.name) is not app:
-            return
-        if self.stopping:
-            self.publish()
+        if self.stopping or self.apps.get(app.name) is not app:
+            self.publish()  # what is leaving is not sent to the dead
             return
         complete = app.complete
         if complete:
@@ -167,6 +202,7 @@ class Reconciler:
             secret=around.secret,
             over_tcp=around.over_tcp,
             log_level=around.log_level,
+            actor=f"{spec.name}/{replica.id}@{around.token}",
         )
         limit = spec.backend(replica.backend).info.max_ongoing_requests
         process = replica.process = self._launcher.replica(order, limit)

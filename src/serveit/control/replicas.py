@@ -142,6 +142,15 @@ class RunningApp:
         return list(dict.fromkeys(version for version in (self.target, self.live) if version is not None))
 
     @property
+    def drain_s(self) -> float:
+        """The longest that one of its replicas may take to end what it runs."""
+        return max((b.drain_s for version in self.versions for b in version.spec.backends), default=0.0)
+
+    def is_of(self, owner: str | None) -> bool:
+        """Whether it is this owner's; None is everybody."""
+        return owner in (None, self.target.spec.owner)
+
+    @property
     def changing(self) -> bool:
         return not self.outcome.done()
 

@@ -51,14 +51,18 @@ class Instance:
         """
         target = await self._run("the import", self.backend.load, on_loop=True)
         if inspect.isclass(target):
-            make = partial(target, *self.backend.init_args, **self.backend.init_kwargs)
-            self._object = await self._run("__init__()", make, on_loop=self.backend.is_async)
+            make = partial(self._make, target)
+            await self._run("__init__()", make, on_loop=self.backend.is_async)
             setup = getattr(self._object, "setup", None)
             if setup is not None:
                 await self._run("setup()", setup)
         if self.backend.config.user_config is not None:
             await self.reconfigure(self.backend.config.user_config)
         await self.check_health()
+
+    def _make(self, target: type[Any]) -> None:
+        """Kept right here: whoever waits for it may be cancelled meanwhile, and it is to be closed."""
+        self._object = target(*self.backend.init_args, **self.backend.init_kwargs)
 
     async def reconfigure(self, user_config: Any) -> None:
         """Hand a new `user_config` to the object.

@@ -51,8 +51,8 @@ class Replica:
     """Constructs the backend and runs its requests.
 
     All mutable state: `admission` (its slots, and who waits for one), `_sending` (jobs that are done, but
-    for what their readers have not taken yet) and `_unread` (the octets of these answers). It belongs to
-    the event loop that `start` ran in.
+    for what their readers have not taken yet) and `_unread` (the octets of these answers), `_starting`
+    (the task; None before) and `_closed`. It belongs to the event loop that `start` ran in.
     """
 
     def __init__(
@@ -95,6 +95,9 @@ class Replica:
         self._unread = 0
         self._idle = asyncio.Event()
         self._idle.set()
+        self._starting: asyncio.Task[None] | None = None
+        self._closing = asyncio.Lock()
+        self._closed = False
 
     def __repr__(self) -> str:
         admission = self.admission
@@ -113,11 +116,15 @@ class Replica:
         """Import, construct, `setup`, `reconfigure`, first health check; `aclose` is due even if it fails.
 
         Raises:
+            Draining: it was stopped before.
             Exception: whatever the user's code raised.
         """
+        if self.admission.closed:
+            raise Draining("the replica has been stopped")
         self.variables = contextvars.copy_context()
         self.variables.run(enter, self._context, self._resolver)
-        await self._spawn(self.instance.start(), self.variables)
+        self._starting = self._spawn(self.instance.start(), self.variables)
+        await self._starting
         self.admission.limit = self.config.ongoing_limit(is_async=self.backend.is_async)
         self.observer.replica_event(self.backend.name, self.id, "started")
 
@@ -164,9 +171,20 @@ class Replica:
     async def aclose(self) -> None:
         """Cut off what still runs, let the object clean up and end the threads.
 
-        What does not end by itself, as a function in a thread, is left alone after a while.
+        A start that is under way is given up; its constructor is waited for, or nobody would close what it
+        makes. What else does not end by itself, as a function in a thread, is left alone after a while.
+        Whoever asks again waits for the same end.
         """
         self._close_doors()
+        if self._starting is not None and not self._starting.done():
+            self._starting.cancel()
+            await asyncio.wait((self._starting,))
+        async with self._closing:
+            if not self._closed:
+                await self._stop()
+                self._closed = True
+
+    async def _stop(self) -> None:
         for job in [*self._running, *self._sending]:
             if job.given_up is None:
                 self._give_up(job, Draining("the replica has been stopped"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from serveit.exceptions import RemoteError, ReplicaDied
+from serveit.exceptions import DeadlineExceeded, ProtocolError, RemoteError, ReplicaDied
 from serveit.running.calljob import check_item, raisable, send_error
 from serveit.running.failures import text_of, user_traceback
 from serveit.running.job import Job, JobState, Lane
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from serveit.declare.backend import Method
     from serveit.running.replica import Replica
     from serveit.running.reply import Reply
-    from serveit.types import Timer
+    from serveit.types import Executed, Timer
     from serveit.wire.frames import Reserve
 
 MAX_EXCEPTION = 1024 * 1024
@@ -32,8 +32,8 @@ TELL_S = 0.002
 class Reservation(Job):
     """A slot that is asked for, held, taken up by a task, and free again.
 
-    Until a task takes it up it belongs to its caller: a CANCEL, the loss of the link or the deadline
-    end it. Afterwards it is the task's, whoever holds the ObjectRef.
+    Until a task takes it up it belongs to its caller: a CANCEL or the loss of the link ends it. Afterwards
+    it is the task's, whoever holds the ObjectRef. The deadline ends it before and after.
     """
 
     __slots__ = ("_args", "_kwargs", "_reservations", "_timer", "claimed", "outcome")
@@ -56,14 +56,23 @@ class Reservation(Job):
         return self.claimed
 
     def hold(self) -> None:
-        self._timer = self._reservations.hold(self)
-        self.reply.reserved()
+        if self._reservations.hold(self):
+            self._timer = self._reservations.timer(self)
+            self.reply.reserved()
 
     def claim(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A task has come."""
-        self._forget()
+        """A task has come. The deadline stays."""
+        self._reservations.forget(self)
         self.claimed = True
         self._args, self._kwargs = args, kwargs
+
+    def expire(self) -> None:
+        """The deadline passed, and a task has come: whoever awaits it hears of it now, though a `def`
+        function runs on."""
+        if not self.outcome.done():
+            executed: Executed = "maybe" if self.in_user_code else "no"
+            where = "while the function ran" if self.in_user_code else "before the function was called"
+            self._fail_task(DeadlineExceeded(f"the deadline passed {where}", executed=executed))
 
     def arguments(self, method: Method) -> tuple[Any, Any]:
         if method.is_batch:
@@ -78,6 +87,7 @@ class Reservation(Job):
     def answer(self, value: Any) -> None:
         if not self.outcome.done():  # else its task was cancelled, and takes nothing more
             self.outcome.set_result(value)
+        self._stop_timer()
         self._reservations.finish(self)
 
     async def stream(self, items: AsyncIterator[Any]) -> None:
@@ -90,22 +100,25 @@ class Reservation(Job):
         raise AssertionError("unreachable: every value is whole")
 
     def fail(self, error: BaseException) -> None:
-        self._forget()
+        self._stop_timer()
+        self._reservations.forget(self)
         if not self.claimed:
             send_error(self, error)
             return
         if not raisable(error) or not dump_exception(error, MAX_EXCEPTION):
             error = RemoteError(f"{type(error).__qualname__}: {text_of(error)}", user_traceback(error))
         if not self.outcome.done():
-            self.outcome.set_exception(error)
-            self.outcome.exception()  # counts as seen: the task may be gone
+            self._fail_task(error)
         self._reservations.finish(self)
 
-    def _forget(self) -> None:
+    def _fail_task(self, error: BaseException) -> None:
+        self.outcome.set_exception(error)
+        self.outcome.exception()  # counts as seen: the task may be gone
+
+    def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        self._reservations.forget(self)
 
 
 class Reservations:
@@ -129,6 +142,7 @@ class Reservations:
 
         Raises:
             ReplicaDied: the reservation has lapsed, at its deadline or with its caller's link.
+            DeadlineExceeded: the deadline passed since.
             Exception: what the function raised.
         """
         reservation = self._held.get(request_id)
@@ -153,9 +167,18 @@ class Reservations:
         if self._telling is None:
             self._telling = asyncio.get_running_loop().call_later(TELL_S, self._tell)
 
-    def hold(self, reservation: Reservation) -> Timer | None:
+    def hold(self, reservation: Reservation) -> bool:
+        """Keep it until its task comes; whether that can be. A second one of the same name, which only a
+        caller that breaks the rules sends, must not get the first one's task."""
         self._tell()
-        self._held[reservation.request_id] = reservation
+        if self._held.setdefault(reservation.request_id, reservation) is reservation:
+            return True
+        again = ProtocolError(f"a slot is held for a request {reservation.request_id} already")
+        self._replica.end(reservation, again)
+        return False
+
+    def timer(self, reservation: Reservation) -> Timer | None:
+        """What ends it at its deadline."""
         if reservation.deadline is None:
             return None
         clock = self._replica.clock
@@ -173,8 +196,12 @@ class Reservations:
                 send_error(reservation, reservation.given_up)
 
     def forget(self, reservation: Reservation) -> None:
-        self._held.pop(reservation.request_id, None)
+        if self._held.get(reservation.request_id) is reservation:
+            del self._held[reservation.request_id]
 
     def _lapse(self, reservation: Reservation) -> None:
         if reservation.state == JobState.RESERVED:
             self._replica.lapse(reservation)
+        else:
+            reservation.expire()
+            self._replica.abandon(reservation)

@@ -1,17 +1,19 @@
 """Python values to octets and back: pickle 5, large buffers out of band.
 
-Used only between authenticated Python callers and replicas; a proxy never imports this.
+Used only between authenticated Python callers and replicas; a proxy never imports this. What some types
+need beyond plain pickle (Ray's, which rooms down here do not know) is registered: see `register`.
 """
 
 from __future__ import annotations
 
+import io
 import pickle
 from typing import TYPE_CHECKING, Any
 
 from serveit.exceptions import EncodingError, ProtocolError, RemoteError, RemoteTraceback
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from serveit.types import Executed
     from serveit.wire.frames import Buffer, Failure
@@ -22,6 +24,37 @@ sizes have to fit the metadata, were there a hundred thousand."""
 
 MAX_OUTSIDE = 1_000
 """So many buffers out of band at most, for the same reason."""
+
+_reducers: dict[type, Callable[[Any], tuple[Any, ...]]] = {}
+
+
+def register(kind: type, reducer: Callable[[Any], tuple[Any, ...]]) -> None:
+    """Pickle values of exactly this type with `reducer` wherever they stand in what is sent. Only here:
+    `copyreg` would change the user's own pickles, and copies, too.
+
+    Args:
+        kind: the type.
+        reducer: gives what `__reduce__` would. The EncodingError that it raises is the one that is seen.
+    """
+    _reducers[kind] = reducer
+
+
+class _Pickler(pickle.Pickler):
+    """A pickler that asks `_reducers` first."""
+
+    def reducer_override(self, value: Any) -> Any:
+        reducer = _reducers.get(type(value))
+        return NotImplemented if reducer is None else reducer(value)
+
+
+def _dumps(value: Any, outside: Callable[[pickle.PickleBuffer], Any] | None = None) -> bytes:
+    """Hot path: once per call and result. A pickler of our own costs 0.7 µs more than `pickle.dumps`."""
+    if not _reducers:
+        return pickle.dumps(value, protocol=5, buffer_callback=outside)
+    file = io.BytesIO()
+    # By place, which is faster: protocol, fix_imports (of no effect from 3 on), buffer_callback.
+    _Pickler(file, 5, True, outside).dump(value)
+    return file.getvalue()
 
 
 def dump(
@@ -52,7 +85,9 @@ def dump(
         return False
 
     try:
-        head = pickle.dumps(value, protocol=5, buffer_callback=None if inline else stays)
+        head = _dumps(value, None if inline else stays)
+    except EncodingError as error:
+        raise EncodingError(f"{what} cannot be sent: {error}", executed=executed) from error
     except Exception as error:
         raise EncodingError(
             f"{what} cannot be pickled ({type(error).__name__}: {error})", executed=executed
@@ -100,7 +135,7 @@ def dump_exception(error: BaseException, limit: int) -> bytes:
     """The pickled exception; empty if it does not pickle, or not into `limit` octets, or does not
     come back from its pickle as what it was."""
     try:
-        pickled = pickle.dumps(error, protocol=5)
+        pickled = _dumps(error)
         comes_back = len(pickled) <= limit and type(pickle.loads(pickled)) is type(error)
     except BaseException:  # whatever user code's `__reduce__` and constructor do, a SystemExit too
         return b""
