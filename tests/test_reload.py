@@ -202,7 +202,7 @@ def test_ctrl_c_in_a_terminal_lets_requests_end(folder: Path) -> None:
         assert os.getpgid(pid) != command.process.pid  # or it would get two signals, which end it at once
         answer = ask_slowly(command, url)
         os.killpg(command.process.pid, signal.SIGINT)  # as a terminal does
-        command.wait_for("stopping once 1 running requests have ended")
+        command.wait_for("stopping once 1 running request has ended")
         assert is_alive(pid)
         (folder / "go").touch()
         assert answer.result(10) == "done"
