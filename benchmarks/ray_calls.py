@@ -49,7 +49,7 @@ class Measurement:
 
 
 def main() -> None:
-    options = command_line(__doc__, seconds=3, rounds=5).parse_args()
+    options = command_line(__doc__, seconds=2, rounds=9).parse_args()
     measured = uvloop.run(measure(options.seconds, options.rounds))
     head = ["in flight", "way", "calls/s", "p50 ms", "p99 ms"]
     rows = [row for in_flight in IN_FLIGHT for row in summarise(measured, in_flight)]

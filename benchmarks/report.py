@@ -15,7 +15,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent / "README.md"
-PACKAGES = ("serveit", "starlette", "uvicorn", "uvloop", "httptools", "msgspec")
+PACKAGES = ("serveit", "ray", "starlette", "uvicorn", "uvloop", "httptools", "msgspec")
 
 
 @dataclass(frozen=True)
