@@ -95,8 +95,8 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     folder = tmp_path / "project"
     folder.mkdir()
     monkeypatch.setattr(sys, "dont_write_bytecode", True)  # a module is written twice within a second
-    for name, module in list(sys.modules.items()):  # other tests have a hello_app as well
-        if str(getattr(module, "__file__", None)).startswith(str(tmp_path.parent)):
+    for name, module in list(sys.modules.items()):  # other tests have an `app` or hello_app as well
+        if name == "app" or str(getattr(module, "__file__", None)).startswith(str(tmp_path.parent)):
             monkeypatch.delitem(sys.modules, name)
     sys.path.insert(0, str(folder))
     os.chdir(folder)
