@@ -399,7 +399,7 @@ def test_a_mistake_of_serveit_s_own_keeps_its_traceback(
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("a bug")
 
-    monkeypatch.setattr("serveit.client.run", fail)
+    monkeypatch.setattr("serveit.serving.run", fail)
     assert isinstance(asked("hello_app", *LOCAL).exception, AssertionError)
 
 

@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 
 from serveit import App, HTTPOptions, NotServing, SyncHandle, run, serve
-from serveit.client import Client, SyncClient, _say_what_is_waited_for, _settled
+from serveit.client import Client, SyncClient
+from serveit.serving import _say_what_is_waited_for, _settled
 from serveit.signals import StopSignals
 from serveit.web.proxy import bind
 

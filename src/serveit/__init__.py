@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from serveit import testing
     from serveit.calling.handle import Handle
     from serveit.calling.sync import SyncHandle
-    from serveit.client import Client, SyncClient, connect, run, serve
+    from serveit.client import Client, SyncClient
+    from serveit.serving import connect, run, serve
 
 __version__ = "0.1.0"
 
@@ -91,9 +92,9 @@ _LAZY = {
     "Request": "starlette.requests",
     "SyncClient": "serveit.client",
     "SyncHandle": "serveit.calling.sync",
-    "connect": "serveit.client",
-    "run": "serveit.client",
-    "serve": "serveit.client",
+    "connect": "serveit.serving",
+    "run": "serveit.serving",
+    "serve": "serveit.serving",
 }
 
 

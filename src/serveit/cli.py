@@ -162,7 +162,7 @@ def _serve(
     fd: int | None,
     ready_fd: int | None,
 ) -> None:
-    from serveit.client import run as serve_until_stopped
+    from serveit.serving import run as serve_until_stopped
 
     def on_ready(client: Client) -> None:
         if ready_fd is not None:

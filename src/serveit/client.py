@@ -1,26 +1,17 @@
-"""Who starts an instance and talks to it: `serve`, `run`, and the client that they give."""
+"""What a program holds of a running app: the client that `serve` and `connect` give."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import gc
-import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 
-from anyio.from_thread import start_blocking_portal
-
-from serveit.config import BackendConfig, HTTPOptions, did_you_mean
+from serveit.config import BackendConfig, did_you_mean
 from serveit.declare.app import App
 from serveit.declare.traffic import parse_traffic
-from serveit.exceptions import NotServing
-from serveit.signals import StopSignals
 
 if TYPE_CHECKING:
     import socket
-    from types import TracebackType
 
     from anyio.from_thread import BlockingPortal
 
@@ -28,9 +19,6 @@ if TYPE_CHECKING:
     from serveit.calling.sync import SyncHandle
     from serveit.control.snapshot import EndpointInfo
     from serveit.control.spec import AppSpec
-
-
-logger = logging.getLogger("serveit.client")
 
 
 class Runtime(Protocol):
@@ -157,7 +145,7 @@ class Client:
             name: of the app in the instance.
             prefix: in front of all its paths.
         """
-        _check_app(app, prefix)
+        check_app(app, prefix)
         await self._runtime.deploy(app, name=name, prefix=prefix)
 
     async def delete(self) -> None:
@@ -221,261 +209,13 @@ class SyncClient:
         self._portal.call(self._client.delete)
 
 
-class Serving:
-    """An app that is served, or joined, while one is inside: `async with`, or `with` for programs
-    without a loop."""
-
-    def __init__(
-        self, make_runtime: Callable[[], Runtime], sock: socket.socket | None = None, *, what: str = "serve"
-    ) -> None:
-        self._what = what
-        self._make_runtime = make_runtime
-        self._sock = sock
-        self._runtime: Runtime | None = None
-        self._stack = contextlib.ExitStack()
-
-    def __getattr__(self, name: str) -> Any:
-        what = self._what
-        hint = f"it has to be entered: `with {what}(...) as client:` or `async with {what}(...) as client:`"
-        raise AttributeError(f"{what}(...) has no {name!r}; {hint}")
-
-    async def __aenter__(self) -> Client:
-        if self._runtime is not None:
-            what = self._what
-            raise RuntimeError(f"this {what}(...) is entered already: call serveit.{what} again for another")
-        runtime = self._runtime = self._make_runtime()
-        try:
-            await runtime.start(self._sock)
-        except BaseException:
-            self._runtime = None
-            raise
-        return Client(runtime)
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        runtime, self._runtime = self._runtime, None
-        if runtime is not None:
-            await runtime.aclose()
-
-    def __enter__(self) -> SyncClient:
-        _refuse_event_loop(f"write `async with serveit.{self._what}(...)`")
-        options = {"loop_factory": _loop_factory()}
-        with contextlib.ExitStack() as stack:
-            portal = stack.enter_context(start_blocking_portal(backend_options=options, name="serveit"))
-            client = stack.enter_context(portal.wrap_async_context_manager(self))
-            self._stack = stack.pop_all()
-        return SyncClient(client, portal)
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._stack.__exit__(exc_type, exc, traceback)
-
-
-def serve(
-    app: App,
-    *,
-    name: str = "default",
-    prefix: str = "",
-    http: HTTPOptions | Mapping[str, Any] | None = None,
-    address: str | None = None,
-    deploy_timeout_s: float = 60.0,
-    local: bool = False,
-    sock: socket.socket | None = None,
-    log_level: str = "info",
-) -> Serving:
-    """Serve an app for as long as one is inside the context manager that this returns.
-
-    ```python
-    async with serveit.serve(app) as client:
-        print(client.url, await client.get_handle("user").call(7))
-    ```
-
-    Args:
-        app: what to serve.
-        name: of the app.
-        prefix: in front of all its paths, "/like/this".
-        http: of the HTTP servers, a dict or HTTPOptions; None for the defaults, and where an instance
-            runs already, for its own.
-        address: of a Ray cluster to join, "auto" for the one on this machine. None: the Ray that this
-            process is connected to, else a new one that ends with this.
-        deploy_timeout_s: how long the replicas may wait for resources.
-        local: in this process, without Ray.
-        sock: a listening socket to take over; with `local`.
-        log_level: of the processes on Ray.
-    """
-    _check_app(app, prefix)
-    options = None if http is None else HTTPOptions.parse(http)
-    if local and address is not None:
-        raise ValueError("address is for Ray, and local=True does without: give one of them")
-    if not local and sock is not None:
-        raise ValueError("sock is for local=True: on Ray the proxies listen")
-
-    def make_runtime() -> Runtime:
-        if local:
-            from serveit.local import LocalRuntime
-
-            return LocalRuntime(app, name=name, prefix=prefix, http=options or HTTPOptions())
-        from serveit.cluster.runtime import ClusterRuntime
-
-        return ClusterRuntime(
-            app,
-            name=name,
-            prefix=prefix,
-            http=options,
-            address=address,
-            deploy_timeout_s=deploy_timeout_s,
-            log_level=log_level,
-        )
-
-    return Serving(make_runtime, sock)
-
-
-def connect(address: str | None = "auto", app: str = "default") -> Serving:
-    """Reach an app that someone else runs: `async with serveit.connect() as client`, or `with`.
-
-    Args:
-        address: of its Ray cluster; "auto" for the one on this machine, None for the one that this
-            process is connected to.
-        app: its name.
-
-    Raises:
-        ConnectionError: there is no such cluster.
-        NotServing: the app does not run there.
-    """
-
-    def make_runtime() -> Runtime:
-        from serveit.cluster.runtime import ClusterRuntime
-
-        return ClusterRuntime(None, name=app, http=None, address=address)
-
-    return Serving(make_runtime, what="connect")
-
-
 def _names(spec: AppSpec) -> list[str]:
     return [backend.name for backend in spec.backends]
 
 
-def _check_app(app: App, prefix: str) -> None:
+def check_app(app: App, prefix: str) -> None:
+    """Raises TypeError or ValueError for what cannot be served."""
     if not isinstance(app, App):
         raise TypeError(f"expected a serveit.App, got {type(app).__name__}")
     if prefix and (not prefix.startswith("/") or prefix.endswith("/")):
         raise ValueError(f"prefix must start with '/' and not end with one, got {prefix!r}")
-
-
-def run(
-    app: App,
-    *,
-    name: str = "default",
-    prefix: str = "",
-    http: HTTPOptions | Mapping[str, Any] | None = None,
-    address: str | None = None,
-    deploy_timeout_s: float = 60.0,
-    local: bool = False,
-    sock: socket.socket | None = None,
-    log_level: str = "info",
-    on_ready: Callable[[Client], None] | None = None,
-) -> None:
-    """Serve an app until Ctrl-C or SIGTERM; then what runs may end, within its backend's
-    `graceful_shutdown_timeout_s`.
-
-    A second signal ends the process at once. So does the first, a moment later, where code in a
-    thread (a constructor, a `def` function after its time) does not return: it cannot be stopped.
-
-    Args:
-        app, name, prefix, http, address, deploy_timeout_s, local, sock, log_level: as `serve`.
-        on_ready: called once it answers.
-
-    Raises:
-        Exception: what a replica's constructor or other start-up code raised.
-        OSError: the address can't be listened on.
-    """
-    _refuse_event_loop("await it there: `async with serveit.serve(...)`")
-    serving = serve(
-        app,
-        name=name,
-        prefix=prefix,
-        http=http,
-        address=address,
-        deploy_timeout_s=deploy_timeout_s,
-        local=local,
-        sock=sock,
-        log_level=log_level,
-    )
-    longest_s = max((b.config.graceful_shutdown_timeout_s for b in app.backends.values()), default=0.0)
-    with StopSignals(longest_s) as signals, asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_serve_until_stopped(serving, signals, on_ready))
-
-
-async def _serve_until_stopped(
-    serving: Serving, signals: StopSignals, on_ready: Callable[[Client], None] | None
-) -> None:
-    stopped = asyncio.ensure_future(signals.attach().wait())
-    starting = asyncio.ensure_future(serving.__aenter__())
-    try:
-        await asyncio.wait((starting, stopped), return_when=asyncio.FIRST_COMPLETED)
-        if not starting.done():
-            starting.cancel()
-            await asyncio.wait((starting,))
-            if starting.cancelled() or starting.exception() is not None:
-                return
-        client = starting.result()
-        try:
-            signals.started()
-            if on_ready is not None:
-                on_ready(client)
-            with _settled():
-                await stopped
-            await _say_what_is_waited_for(client)
-        finally:
-            await serving.__aexit__(None, None, None)
-    finally:
-        stopped.cancel()
-        signals.ending()
-
-
-async def _say_what_is_waited_for(client: Client) -> None:
-    try:
-        status = await client.status()
-    except NotServing:  # the controller is gone
-        return
-    replicas = [replica for backend in status["backends"].values() for replica in backend.values()]
-    count = sum(replica.get("running", 0) + replica.get("waiting", 0) for replica in replicas)
-    if count:
-        requests = "1 running request has" if count == 1 else f"{count} running requests have"
-        logger.info("stopping once %s ended; Ctrl-C again stops at once", requests)
-
-
-@contextlib.contextmanager
-def _settled() -> Iterator[None]:
-    """What is there by now (modules, models, the app) stays: garbage collection leaves it alone, for
-    looking at all of it would hold requests up for some 10 ms each time."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
-def _refuse_event_loop(instead: str) -> None:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return
-    raise RuntimeError(f"an event loop is running in this thread: {instead}")
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    try:
-        import uvloop
-    except ImportError:  # not on every platform
-        return None
-    return uvloop.new_event_loop

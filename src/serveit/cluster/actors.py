@@ -106,7 +106,6 @@ class ProxyActor(Actor):
 
     def __init__(self) -> None:
         self._host: ProxyHost | None = None
-        self._loop = asyncio.get_running_loop()
 
     async def start(self, order: bytes) -> bytes:
         """Become the proxy that is ordered; an encoded Started or StartFailed."""

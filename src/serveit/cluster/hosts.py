@@ -46,7 +46,7 @@ logger = logging.getLogger("serveit.replica")
 
 MAX_EXCEPTION = 1024 * 1024
 LAST_WORDS_S = 0.05
-PROXY_ROLE, REPLICA_ROLE, DRIVER_ROLE = "proxy", "replica", "driver"
+PROXY_ROLE, REPLICA_ROLE = "proxy", "replica"
 
 
 class ReplicaHost:
@@ -58,7 +58,6 @@ class ReplicaHost:
         self.has_run_tasks = False
         self._exit = contextlib.AsyncExitStack()
         self._doors: list[Listening] = []
-        self._closing: list[asyncio.Task[None]] = []
 
     async def start(self) -> Started | StartFailed:
         """Load the user's code, construct the backend, listen."""

@@ -7,7 +7,6 @@ import logging
 import os
 import secrets
 import socket
-import stat
 import tempfile
 import threading
 import time
@@ -18,13 +17,13 @@ import ray
 
 from serveit.cluster.refs import stop_waiting
 from serveit.control.orders import NAMESPACE
+from serveit.wire.sockets import is_dead
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 logger = logging.getLogger("serveit.session")
 
-HINT_S = 0.2
 REACH_S = 5.0
 """What a cluster's address gets to accept a connection."""
 YOUNG_S = 10.0
@@ -223,20 +222,7 @@ def _remove(folder: Path, young_s: float) -> None:
         is_old = folder.lstat().st_mtime <= before
         for path in folder.iterdir():
             found = path.lstat()
-            if stat.S_ISSOCK(found.st_mode) and found.st_mtime <= before and _is_dead(path):
+            if found.st_mtime <= before and is_dead(str(path)):
                 path.unlink(missing_ok=True)
         if is_old:
             folder.rmdir()
-
-
-def _is_dead(path: Path) -> bool:
-    """Whether nobody listens."""
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.settimeout(HINT_S)
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            return True
-        except OSError:
-            return False  # its backlog is full, or it is gone by now
-    return False
