@@ -30,21 +30,11 @@ def fetch(url: str) -> str:
     return body.decode()
 
 
-class Command:
-    """A running command, with what it says so far."""
+class Talking:
+    """A process of its own, with what it says so far."""
 
-    def __init__(self, arguments: Sequence[str], folder: Path, preexec: Callable[[], None] | None) -> None:
-        self.started = time.monotonic()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "serveit", *arguments],
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
-            start_new_session=True,
-            preexec_fn=preexec,
-        )
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
         self.lines: list[str] = []
         self._queue: queue.Queue[str | None] = queue.Queue()
         self._reader = threading.Thread(target=self._read)
@@ -72,6 +62,25 @@ class Command:
             self.lines.append(line)
             if found := re.search(pattern, line):
                 return found
+
+
+class Command(Talking):
+    """A running command."""
+
+    def __init__(self, arguments: Sequence[str], folder: Path, preexec: Callable[[], None] | None) -> None:
+        self.started = time.monotonic()
+        super().__init__(
+            subprocess.Popen(
+                [sys.executable, "-m", "serveit", *arguments],
+                cwd=folder,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+                start_new_session=True,
+                preexec_fn=preexec,
+            )
+        )
 
     def url(self) -> str:
         """Where it serves, once it does."""

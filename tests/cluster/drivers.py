@@ -3,54 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-import queue
+import re
 import subprocess
 import sys
 import textwrap
-import threading
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-TIMEOUT_S = 30.0
+from tests.commands import TIMEOUT_S, Talking
 
 
-class Driver:
-    """A running script, with what it says so far."""
+class Driver(Talking):
+    """A running script."""
 
     def __init__(self, path: Path, arguments: tuple[str, ...], environment: Mapping[str, str]) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, str(path), *arguments],
-            cwd=path.parent,
-            env={**environment, "PYTHONUNBUFFERED": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+        super().__init__(
+            subprocess.Popen(
+                [sys.executable, str(path), *arguments],
+                cwd=path.parent,
+                env={**environment, "PYTHONUNBUFFERED": "1"},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
         )
-        self.lines: list[str] = []
-        self._queue: queue.Queue[str | None] = queue.Queue()
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self._queue.put(line.rstrip("\n"))
-        self._queue.put(None)
 
     def says(self, word: str) -> str:
         """The rest of the first line from here on that begins with `word`."""
-        deadline = time.monotonic() + TIMEOUT_S
-        while True:
-            with contextlib.suppress(queue.Empty):
-                line = self._queue.get(timeout=max(0.0, deadline - time.monotonic()))
-                if line is not None:
-                    self.lines.append(line)
-                    if line.startswith(f"{word} "):
-                        return line.removeprefix(f"{word} ")
-                    continue
-            raise AssertionError(f"no line {word!r} in\n" + "\n".join(self.lines))
+        return self.wait_for(f"^{re.escape(word)} (.*)")[1]
 
     def go_on(self) -> None:
         """Give it a line to read."""
