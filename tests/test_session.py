@@ -13,6 +13,7 @@ import pytest
 import ray
 
 from serveit.cluster import session
+from serveit.cluster.reaper import VARIABLE
 from serveit.cluster.session import open_session
 
 GCS = "10.0.0.1:6379"
@@ -28,12 +29,16 @@ class FakeRay:
         self.environment: dict[str, str] = {}
         self.refuses: Exception | None = None
         self.name = "session_2026-11-23_02-07-47_123456_7890"
+        monkeypatch.setattr(session, "find_cluster", lambda address: address)
+        self.said: list[str] = []
+        monkeypatch.setattr(session, "Reaper", lambda: FakeReaper(self.said))
         monkeypatch.setattr(ray, "init", self.init)
         monkeypatch.setattr(ray, "shutdown", self.shutdown)
         monkeypatch.setattr(ray, "is_initialized", lambda: self.connected)
         monkeypatch.setattr(ray, "get_runtime_context", self.context)
 
     def init(self, **options: Any) -> None:
+        self.said.append("Ray is started")
         self.calls.append(options)
         self.environment = dict(os.environ)
         if self.refuses is not None:
@@ -41,6 +46,7 @@ class FakeRay:
         self.connected = True
 
     def shutdown(self) -> None:
+        self.said.append("Ray is shut down")
         self.connected = False
 
     def context(self) -> Any:
@@ -48,9 +54,27 @@ class FakeRay:
         return SimpleNamespace(gcs_address=GCS, get_session_name=lambda: self.name)
 
 
+class FakeReaper:
+    """What it was told, and when."""
+
+    marker = "marker"
+
+    def __init__(self, said: list[str]) -> None:
+        self._said = said
+
+    def start(self) -> None:
+        self._said.append("the reaper is started")
+
+    def remove(self, folder: str) -> None:
+        self._said.append(f"the reaper removes {Path(folder).name}")
+
+    def close(self) -> None:
+        self._said.append("the reaper is closed")
+
+
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
-    monkeypatch.setattr(session, "_users", 0)
+    monkeypatch.setattr(session, "_connection", None)
     return FakeRay(monkeypatch)
 
 
@@ -102,8 +126,9 @@ class TestEmbedded:
         assert options["include_dashboard"] is False
         assert "PYTHONDONTWRITEBYTECODE" not in fake.environment
         assert fake.environment["RAY_USAGE_STATS_ENABLED"] == "0"
+        assert fake.environment[VARIABLE] == "marker"
         assert os.environ["PYTHONDONTWRITEBYTECODE"] == "1"
-        assert "RAY_USAGE_STATS_ENABLED" not in os.environ
+        assert not os.environ.keys() & {"RAY_USAGE_STATS_ENABLED", VARIABLE}
 
     def test_what_the_user_set_stays(self, fake: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "1")
@@ -121,7 +146,15 @@ class TestEmbedded:
         opened.close()
         assert not fake.connected
         assert not folder.exists()
+        assert fake.said == [
+            "the reaper is started",
+            "Ray is started",
+            f"the reaper removes {folder.name}",
+            "Ray is shut down",
+            "the reaper is closed",
+        ]
         opened.close()
+        assert fake.said[-2:] == ["Ray is shut down", "the reaper is closed"]
 
     def test_one_that_does_not_start_leaves_the_environment(
         self, fake: FakeRay, monkeypatch: pytest.MonkeyPatch
@@ -131,6 +164,15 @@ class TestEmbedded:
         with pytest.raises(RuntimeError, match="no memory"):
             open_session()
         assert os.environ["PYTHONDONTWRITEBYTECODE"] == "1"
+        assert VARIABLE not in os.environ
+        assert fake.said == ["the reaper is started", "Ray is started", "the reaper is closed"]
+
+    def test_of_a_driver_that_another_one_started(
+        self, fake: FakeRay, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv(VARIABLE, "others")
+        open_session()
+        assert fake.environment[VARIABLE] == "marker" and os.environ[VARIABLE] == "others"
 
     def test_folders_are_short_and_of_one_cluster_each(self, fake: FakeRay) -> None:
         opened = open_session()
@@ -176,7 +218,7 @@ class TestOthers:
             assert repr(opened) == "<Session joined>"
             opened.close()
         assert fake.connected
-        assert fake.calls == []
+        assert fake.said == []
 
     def test_two_at_once_are_refused(self, fake: FakeRay) -> None:
         fake.connected = True
@@ -193,6 +235,7 @@ class TestOthers:
         assert not (home / ".ray").exists()
         opened.close()
         assert not fake.connected
+        assert fake.said == ["Ray is started", "Ray is shut down"]
 
     @pytest.mark.parametrize("error", [ConnectionError("nobody there"), ValueError("no such form")])
     def test_none_at_the_address(self, error: Exception, fake: FakeRay) -> None:
@@ -200,8 +243,14 @@ class TestOthers:
         with pytest.raises(ConnectionError, match="no Ray cluster at 'auto': no.*ray start --head"):
             open_session("auto")
 
-    def test_where_nobody_listens_ray_is_not_asked(self, fake: FakeRay) -> None:
-        with pytest.raises(ConnectionError, match="no Ray cluster at '127.0.0.1:1': .*refused; `ray start"):
+    def test_where_none_is_found_ray_is_not_asked(
+        self, fake: FakeRay, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def find_none(address: str) -> str:
+            raise ConnectionError("none at all")
+
+        monkeypatch.setattr(session, "find_cluster", find_none)
+        with pytest.raises(ConnectionError, match="^none at all$"):
             open_session("127.0.0.1:1")
         assert fake.calls == []
 
@@ -258,8 +307,38 @@ class TestSeveral:
         assert not first.is_last
         first.close()
         assert fake.connected and second.is_last
+        first.close()
+        assert fake.connected
         second.close()
         assert not fake.connected
+        assert fake.said[-2:] == ["Ray is shut down", "the reaper is closed"]
+
+    def test_one_after_the_other(self, fake: FakeRay) -> None:
+        for _ in range(2):
+            opened = open_session()
+            assert opened.is_last
+            opened.close()
+        assert fake.said.count("the reaper is started") == fake.said.count("the reaper is closed") == 2
+
+    def test_one_that_the_user_has_shut_down(self, fake: FakeRay) -> None:
+        first = open_session()
+        ray.shutdown()
+        fake.name += "1"
+        second = open_session()
+        first.close()
+        assert fake.connected and fake.said[-1] == "the reaper is closed"
+        assert second.is_last
+        second.close()
+        assert not fake.connected
+
+    def test_one_that_the_user_has_replaced(self, fake: FakeRay) -> None:
+        first = open_session()
+        ray.shutdown()
+        fake.name += "1"
+        ray.init()
+        assert not open_session().embedded
+        first.close()
+        assert fake.connected
 
     def test_what_the_user_started_is_the_users(self, fake: FakeRay) -> None:
         fake.connected = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
 import signal
 import sys
 from typing import Any, NoReturn
@@ -15,13 +16,20 @@ DRAINING_S = 5.0
 """What stopping may take beyond the time that running requests get."""
 ENDING_S = 0.5
 """What the event loop's own end may take."""
+RENEW_S = 0.02
+"""How often to set the handlers again while Ray starts."""
+
+WHILE_STARTING = b"stopped while the app was starting, without waiting for what had begun\n"
+WHILE_RUNNING = b"stopped, without waiting for code that still runs\n"
+AT_ONCE = b"stopped at once, by a second signal\n"
 
 
 class StopSignals:
     """While inside: the first SIGINT or SIGTERM sets the event of `attach`, a second ends the process.
 
-    What cannot be stopped, user code in a thread or one that blocks the loop, does not keep the
-    process: after a while it ends without it, with exit code 0, as a stop does.
+    What cannot be stopped, user code in a thread or one that blocks the loop, or the start of Ray, does
+    not keep the process: after a while it ends without it, with exit code 0, as a stop does. Whenever
+    it ends so, its last words say why; what it started elsewhere is ended by `cluster.reaper`.
 
     Python's own handlers, not the event loop's, which are not run while user code blocks it; and
     set explicitly, since a shell starts background commands with SIGINT ignored.
@@ -34,19 +42,20 @@ class StopSignals:
         """
         self._longest_s = longest_s
         self._patience_s = STARTING_S
+        self._words = WHILE_STARTING
         self._received = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._event = asyncio.Event()
         self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        handlers: dict[int, Any] = {
+        self._handlers: dict[int, Any] = {
             signal.SIGINT: self._stop,
             signal.SIGTERM: self._stop,
             signal.SIGALRM: self._give_up,
         }
+
+    def __enter__(self) -> StopSignals:
         try:
-            for number, handler in handlers.items():
+            for number, handler in self._handlers.items():
                 self._previous[number] = signal.signal(number, handler)
         except ValueError:
             raise RuntimeError(
@@ -67,9 +76,18 @@ class StopSignals:
             self._event.set()
         return self._event
 
+    async def first_of(self, *futures: asyncio.Future[Any]) -> None:
+        """Wait for one of them. Ray may start meanwhile, and then handles SIGTERM below Python's handlers,
+        by printing where it came and dying: these are set again and again."""
+        while not (await asyncio.wait(futures, timeout=RENEW_S, return_when=asyncio.FIRST_COMPLETED))[0]:
+            for number, handler in self._handlers.items():
+                if signal.getsignal(number) == handler:  # as far as Python knows
+                    signal.signal(number, handler)
+
     def started(self) -> None:
         """From here on a stop waits for the requests that run."""
         self._patience_s = self._longest_s + DRAINING_S
+        self._words = WHILE_RUNNING
 
     def ending(self) -> None:
         """Nothing is left to wait for."""
@@ -79,7 +97,7 @@ class StopSignals:
 
     def _stop(self, number: int, _: Any) -> None:
         if self._received:
-            os._exit(128 + number)
+            _leave(AT_ONCE, 128 + number)
         self._received = True
         self._arm()
         if self._loop is not None:
@@ -90,7 +108,15 @@ class StopSignals:
         signal.setitimer(signal.ITIMER_REAL, self._patience_s)
 
     def _give_up(self, *_: Any) -> NoReturn:
-        os.write(2, b"stopped, without waiting for code that still runs\n")
-        with contextlib.suppress(Exception):
+        signal.setitimer(signal.ITIMER_REAL, ENDING_S)  # in case that nobody reads what is flushed
+        with contextlib.suppress(Exception):  # the signal came in the midst of another
             sys.stdout.flush()
-        os._exit(0)
+        _leave(self._words, 0)
+
+
+def _leave(words: bytes, code: int) -> NoReturn:
+    with contextlib.suppress(OSError, ValueError):
+        if select.select((), (2,), (), 0)[1]:  # else nobody reads them, and writing would wait
+            over = b"\r\x1b[K" if os.isatty(2) else b""  # what a progress display has left in its line
+            os.write(2, over + words)
+    os._exit(code)

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import secrets
-import socket
 import tempfile
 import threading
 import time
@@ -15,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from serveit.cluster.address import WAYS_OUT, find_cluster
+from serveit.cluster.reaper import VARIABLE, Reaper
 from serveit.cluster.refs import stop_waiting
 from serveit.control.orders import NAMESPACE
 from serveit.wire.sockets import is_dead
@@ -24,18 +25,49 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("serveit.session")
 
-REACH_S = 5.0
-"""What a cluster's address gets to accept a connection."""
 YOUNG_S = 10.0
 """What a process gets between making its socket and listening on it."""
 
 
 _lock = threading.Lock()
 """Held while this process's Ray is started, joined, or shut down."""
-_users = 0
-"""Sessions in the Ray that was started or joined here: the last one to be closed shuts it down."""
-_embedded = False
-"""Whether it was started here."""
+_connection: _Connection | None = None
+"""The last one that was started or joined here, while it has sessions."""
+
+
+class _Connection:
+    """A Ray that was started or joined here, and is left when its last session is closed.
+
+    Attributes:
+        embedded: whether it was started here, and ends with its last session.
+        num_sessions: the one mutable thing.
+    """
+
+    def __init__(self, reaper: Reaper | None) -> None:
+        """
+        Args:
+            reaper: of one that was started here.
+        """
+        self.embedded = reaper is not None
+        self.num_sessions = 0
+        self._reaper = reaper
+        self._name = _name()
+
+    @property
+    def is_there(self) -> bool:
+        """Whether this process is connected to it still: the user may have left it."""
+        return ray.is_initialized() and _name() == self._name
+
+    def close(self) -> None:
+        """Leave it, as it was found."""
+        if self.is_there:
+            folder = _folder()
+            stop_waiting()
+            ray.shutdown()
+            if self.embedded:
+                _remove(folder, young_s=0.0)
+        if self._reaper is not None:
+            self._reaper.close()
 
 
 class Session:
@@ -45,14 +77,27 @@ class Session:
         embedded: whether it was started here, and ends with the last session.
     """
 
-    def __init__(self, *, embedded: bool, joined: bool) -> None:
-        self.embedded = embedded
-        self._joined = joined
+    def __init__(self, connection: _Connection | None = None) -> None:
+        """
+        Args:
+            connection: None where this process was connected already, and remains so.
+        """
+        self.embedded = connection is not None and connection.embedded
+        self._connection = connection
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether an embedded Ray has ended, or is about to: a signal to a whole group of processes, or to a
+        service, ends Ray's as well."""
+        from ray._private import worker
+
+        node: Any = getattr(worker, "_global_node", None)
+        return self.embedded and node is not None and bool(node.dead_processes())
 
     @property
     def is_last(self) -> bool:
         """Whether an embedded Ray ends with this one."""
-        return self.embedded and _users == 1
+        return self.embedded and self._connection is not None and self._connection.num_sessions == 1
 
     def __repr__(self) -> str:
         return f"<Session {'embedded' if self.embedded else 'joined'}>"
@@ -61,23 +106,19 @@ class Session:
     def folder(self) -> str:
         """For the sockets of this cluster's processes on this machine; short, since their paths may not
         be long. The processes make it, with mode 0700."""
-        job = ray.get_runtime_context().get_session_name()
-        return str(_sockets() / job.removeprefix("session_").replace("_", "-")[-24:])
+        return str(_folder())
 
     def close(self) -> None:
         """Leave Ray as it was found. The user may have left it already."""
-        global _users
+        global _connection
         with _lock:
-            if not ray.is_initialized() or not (self.embedded or self._joined):
+            connection, self._connection = self._connection, None
+            if connection is None:
                 return
-            _users -= 1
-            if _users > 0:
-                return
-            folder = Path(self.folder)
-            stop_waiting()
-            ray.shutdown()
-            if self.embedded:
-                _remove(folder, young_s=0.0)
+            connection.num_sessions -= 1
+            if connection.num_sessions == 0:
+                _connection = None if _connection is connection else _connection
+                connection.close()
 
 
 def open_session(address: str | None = None) -> Session:
@@ -91,15 +132,16 @@ def open_session(address: str | None = None) -> Session:
         ConnectionError: no cluster at the address.
         RuntimeError: this process is connected to another.
     """
-    global _users
+    global _connection
+    connection: _Connection | None
     with _lock:
         if not ray.is_initialized():
-            _users = 0
-            session = _start(address)
+            connection = _connection = _start() if address is None else _joined(address)
         else:
-            session = _found(address)
-        _users += session.embedded or session._joined
-    return session
+            connection = _found(address)
+        if connection is not None:
+            connection.num_sessions += 1
+        return Session(connection)
 
 
 def join_cluster(address: str) -> None:
@@ -109,61 +151,47 @@ def join_cluster(address: str) -> None:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
 
 
-def _found(address: str | None) -> Session:
-    """In the Ray that this process is connected to."""
+def _found(address: str | None) -> _Connection | None:
+    """The Ray that this process is connected to, if that was begun here."""
     here = ray.get_runtime_context().gcs_address
     if address not in (None, "auto", here):
         raise RuntimeError(
             f"this process is connected to the Ray cluster at {here} already, not to {address!r}: "
             "leave address out, or call ray.shutdown() first"
         )
-    started_here = _users > 0
-    return Session(embedded=started_here and _embedded, joined=started_here and not _embedded)
+    return _connection if _connection is not None and _connection.is_there else None
 
 
-def _start(address: str | None) -> Session:
-    """In a Ray that this process joins, or starts."""
-    global _embedded
-    _embedded = address is None
-    if address is not None:
-        _check_reachable(address)
-        try:
-            ray.init(address=address, namespace=NAMESPACE, logging_level=logging.ERROR)
-        except (ConnectionError, ValueError) as error:
-            raise ConnectionError(
-                f"no Ray cluster at {address!r}: {error}; `ray start --head` starts one, "
-                "and without an address serveit starts its own"
-            ) from None
-        return Session(embedded=False, joined=True)
+def _joined(address: str) -> _Connection:
+    """A cluster that this process joins. Whoever started it looks after its end."""
+    address = find_cluster(address)
+    try:
+        ray.init(address=address, namespace=NAMESPACE, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError) as error:
+        raise ConnectionError(f"no Ray cluster at {address!r}: {error}; {WAYS_OUT}") from None
+    return _Connection(None)
+
+
+def _start() -> _Connection:
+    """A Ray that ends with this process, however that ends."""
     _sweep()
     _make_token()
-    with _environment():
-        # "local" spelled out: a pointer that a dead cluster left must not be followed.
-        ray.init(
-            address="local",
-            namespace=NAMESPACE,
-            include_dashboard=False,
-            logging_level=logging.ERROR,
-        )
-    return Session(embedded=True, joined=False)
-
-
-def _check_reachable(address: str) -> None:
-    """Ray would try for minutes, and say what it tries on stderr.
-
-    Raises:
-        ConnectionError: nobody listens at "host:port". Other forms are left to Ray.
-    """
-    host, colon, port = address.rpartition(":")
-    if not colon or "/" in address or not port.isdecimal():
-        return
+    reaper = Reaper()
+    reaper.start()
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S).close()
-    except OSError as error:
-        raise ConnectionError(
-            f"no Ray cluster at {address!r}: {error.strerror or error}; `ray start --head` starts one, "
-            "and without an address serveit starts its own"
-        ) from None
+        with _environment(reaper.marker):
+            # "local" spelled out: a pointer that a dead cluster left must not be followed.
+            ray.init(
+                address="local",
+                namespace=NAMESPACE,
+                include_dashboard=False,
+                logging_level=logging.ERROR,
+            )
+        reaper.remove(str(_folder()))
+    except BaseException:
+        reaper.close()
+        raise
+    return _Connection(reaper)
 
 
 def node_address() -> str:
@@ -173,19 +201,29 @@ def node_address() -> str:
 
 
 @contextlib.contextmanager
-def _environment() -> Iterator[None]:
-    """What Ray's processes inherit: without their bytecode they take twice as long to start."""
-    removed = os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-    quiet = "RAY_USAGE_STATS_ENABLED" not in os.environ
-    if quiet:
-        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+def _environment(marker: str) -> Iterator[None]:
+    """What Ray's processes inherit, and this process has no longer than they take to start.
+
+    The marker tells the reaper which they are: their titles must not be written over it, as they are where
+    there is no SPT_NOENV. Without their bytecode they would take twice as long to start.
+    """
+    changes = {VARIABLE: marker, "SPT_NOENV": "1", "PYTHONDONTWRITEBYTECODE": None}
+    if "RAY_USAGE_STATS_ENABLED" not in os.environ:
+        changes["RAY_USAGE_STATS_ENABLED"] = "0"
+    before = {name: os.environ.get(name) for name in changes}
+    _set(changes)
     try:
         yield
     finally:
-        if quiet:
-            del os.environ["RAY_USAGE_STATS_ENABLED"]
-        if removed is not None:
-            os.environ["PYTHONDONTWRITEBYTECODE"] = removed
+        _set(before)
+
+
+def _set(environment: dict[str, str | None]) -> None:
+    for name, value in environment.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def _make_token() -> None:
@@ -199,6 +237,15 @@ def _make_token() -> None:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(secrets.token_hex(32))
+
+
+def _name() -> str:
+    """Of the Ray that this process is connected to."""
+    return str(ray.get_runtime_context().get_session_name())
+
+
+def _folder() -> Path:
+    return _sockets() / _name().removeprefix("session_").replace("_", "-")[-24:]
 
 
 def _sockets() -> Path:
