@@ -31,6 +31,26 @@ from serveit.config import MAX_SECONDS, did_you_mean
         ({"batch_methods": 3}, TypeError, "a sequence of method names, got 3"),
         ({"batch_methods": [3]}, TypeError, "a sequence of method names"),
         ({"max_batch_size": 2, "batch_methods": []}, ValueError, "leave max_batch_size out"),
+        ({"max_surge": -1}, ValueError, "max_surge must be ≥ 0, got -1"),
+        ({"max_surge": 0.5}, TypeError, "max_surge must be an int, got 0.5"),
+        ({"ray_actor_options": ["num_gpus"]}, TypeError, r"must be a dict, got \['num_gpus'\]"),
+        ({"ray_actor_options": {"num_gpu": 1}}, TypeError, "no 'num_gpu': did you mean 'num_gpus'?"),
+        ({"ray_actor_options": {"name": "x"}}, ValueError, "must not set 'name': serveit names its actors"),
+        ({"ray_actor_options": {"max_concurrency": 3}}, ValueError, "serveit has max_ongoing_requests"),
+        ({"ray_actor_options": {"num_cpus": "1"}}, TypeError, r"\['num_cpus'\] cannot be '1'"),
+        ({"ray_actor_options": {"num_cpus": True}}, TypeError, r"\['num_cpus'\] cannot be True"),
+        (
+            {"ray_actor_options": {"num_cpus": -1}},
+            ValueError,
+            r"\['num_cpus'\] must be ≥ 0 and finite, got -1",
+        ),
+        ({"ray_actor_options": {"memory": math.inf}}, ValueError, "finite, got inf"),
+        ({"ray_actor_options": {"resources": "tpu"}}, TypeError, r"\['resources'\] cannot be 'tpu'"),
+        (
+            {"ray_actor_options": {"scheduling_strategy": "NEAR"}},
+            ValueError,
+            "must be 'DEFAULT' or 'SPREAD', got 'NEAR'",
+        ),
         ({"max_batch_size": 4, "max_ongoing_requests": 3}, ValueError, r"≥ max_batch_size \(4\), got 3"),
     ],
 )
@@ -42,6 +62,23 @@ def test_what_a_backend_refuses(options: dict[str, Any], error: type[Exception],
 def test_batch_methods_are_kept_as_a_tuple() -> None:
     methods: Any = ["one", "two"]
     assert BackendConfig(max_batch_size=1, batch_methods=methods).batch_methods == ("one", "two")
+
+
+def test_what_a_backend_may_ask_of_the_cluster() -> None:
+    options: dict[str, Any] = {
+        "num_cpus": 0.5,
+        "num_gpus": 1,
+        "memory": 2**30,
+        "resources": {"tpu": 1},
+        "accelerator_type": "T4",
+        "label_selector": {"zone": "a"},
+        "runtime_env": {"env_vars": {"A": "b"}},
+        "scheduling_strategy": "SPREAD",
+    }
+    config = BackendConfig(ray_actor_options=options, max_surge=0)
+    assert (config.ray_actor_options, config.max_surge) == (options, 0)
+    assert BackendConfig().merge(ray_actor_options={"num_gpus": 1}).ray_actor_options == {"num_gpus": 1}
+    assert (BackendConfig().ray_actor_options, BackendConfig().max_surge) == (None, 1)
 
 
 def test_limits_that_are_none() -> None:

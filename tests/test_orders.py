@@ -6,9 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serveit.control.orders import (
+    ActorName,
     Deployed,
     DeployFailed,
+    Deploying,
     Joined,
+    Leaving,
     Place,
     ProxyOrder,
     ReplicaOrder,
@@ -22,15 +25,23 @@ from serveit.control.orders import (
 )
 
 
-@pytest.mark.parametrize("outcome", [Started(1, "there"), StartFailed(b"why", b"\x80", "replica b#1")])
-def test_what_became_of_a_start(outcome: Started | StartFailed) -> None:
+@pytest.mark.parametrize(
+    "outcome", [Started(1, "there"), StartFailed(b"why", b"\x80", "replica b#1", "ValueError: no"), Leaving()]
+)
+def test_what_became_of_a_start(outcome: Started | StartFailed | Leaving) -> None:
     assert decode_outcome(encode(outcome)) == outcome
 
 
 @pytest.mark.parametrize(
-    "outcome", [Deployed((17, 3)), DeployFailed("no"), DeployFailed("no", StartFailed(b"why"))]
+    "outcome",
+    [
+        Deployed((17, 3)),
+        DeployFailed("no"),
+        DeployFailed("no", StartFailed(b"why")),
+        Deploying({"b": (1, 2)}, ("replica b#2 needs 4 CPU, 2 free; waiting for 3 s",)),
+    ],
 )
-def test_what_became_of_a_deploy(outcome: Deployed | DeployFailed) -> None:
+def test_what_became_of_a_deploy(outcome: Deployed | DeployFailed | Deploying) -> None:
     assert decode_deployed(encode(outcome)) == outcome
 
 
@@ -50,6 +61,29 @@ def test_orders_travel(order: msgspec.Struct) -> None:
 def test_places_are_text(node: str, unix: str, tcp: str, actor: str) -> None:
     place = Place(node, unix, tcp, actor)
     assert parse_place(place_text(place)) == place
+
+
+@given(
+    st.text(min_size=1).filter(lambda name: "/" not in name),
+    st.text(min_size=1),
+    st.integers(0, 10**9),
+    st.integers(0, 10**9),
+    st.from_regex(r"[0-9a-f]{6}", fullmatch=True),
+)
+def test_names_of_actors_tell_what_they_are(
+    app: str, backend: str, number: int, version: int, token: str
+) -> None:
+    name = ActorName(app, f"{backend}#{number}", version, token)
+    assert ActorName.parse(str(name)) == name
+    assert (name.backend, name.number) == (backend, number)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["controller", "proxy-0a1b-01234567-1", "app/b#1@t0", "app/b.1@t0", "app/b#1.1", ""],
+)
+def test_other_names_are_no_replicas(name: str) -> None:
+    assert ActorName.parse(name) is None
 
 
 def test_one_kind_is_not_taken_for_another() -> None:

@@ -294,6 +294,20 @@ async def test_nothing_waits_where_all_replicas_drain_and_no_successor_is_named(
     assert rig.submit("patient").phase == Phase.WAITING
 
 
+async def test_nothing_waits_for_a_backend_that_was_given_up(rig: Rig) -> None:
+    await rig.update("a", limit=1)
+    waiting = rig.submit_many(3)[-1]
+    rig["a"].lose()
+    assert waiting.phase == Phase.WAITING
+    await rig.router.update(backend_info(limit=1, given_up="it died too often"))
+    with pytest.raises(NoReplica):
+        await waiting.answer
+    with pytest.raises(NoReplica, match="has failed for good: `serveit status` says why"):
+        rig.submit("new")
+    await rig.update("b", limit=1)
+    assert rig.submit("another").phase == Phase.SENT, "it was scaled, or deployed anew"
+
+
 async def test_a_router_that_drains_takes_calls_of_running_requests_only(rig: Rig) -> None:
     await rig.update("a", limit=1)
     running, _, outside = (rig.submit(name) for name in ("running", "prefetched", "outside"))
@@ -608,7 +622,7 @@ async def test_a_replica_that_cannot_be_reached_keeps_nobody_from_the_others(
 ) -> None:
     rig.replicas.unreachable.add("a")
     exchange = rig.submit()
-    with caplog.at_level(logging.WARNING, "serveit.router"):
+    with caplog.at_level(logging.DEBUG, "serveit.router"):
         await rig.update("a", "b")
     assert exchange.phase == Phase.SENT
     assert "replica a cannot be reached: connection refused" in caplog.text

@@ -4,7 +4,7 @@ import msgspec
 import pytest
 
 from serveit import App
-from serveit.control.snapshot import EndpointInfo, ReplicaInfo
+from serveit.control.snapshot import EndpointInfo, ReplicaInfo, RouteInfo
 from serveit.control.spec import AppSpec, app_spec
 
 
@@ -13,7 +13,9 @@ def spec() -> AppSpec:
     app = App()
 
     @app.route("/double/<value:int>")
-    @app.backend(num_replicas=2, graceful_shutdown_timeout_s=5)
+    @app.backend(
+        num_replicas=2, graceful_shutdown_timeout_s=5, max_surge=0, ray_actor_options={"num_gpus": 0.5}
+    )
     async def double(value: int) -> int:
         return 2 * value
 
@@ -26,9 +28,9 @@ def spec() -> AppSpec:
 
 def test_says_what_the_user_declared(spec: AppSpec) -> None:
     assert (spec.name, spec.code, spec.owner, spec.deploy_timeout_s) == ("main", b"code", "driver", 9.0)
-    assert [(b.name, b.num_replicas, b.drain_s) for b in spec.backends] == [
-        ("double", 2, 5.0),
-        ("plain", 1, 30.0),
+    assert [(b.name, b.num_replicas, b.drain_s, b.max_surge, b.ray_actor_options) for b in spec.backends] == [
+        ("double", 2, 5.0, 0, {"num_gpus": 0.5}),
+        ("plain", 1, 30.0, 1, {}),
     ]
     assert [(route.prefix, route.pattern) for route in spec.routes] == [("/v1", "/double/<value:int>")]
 
@@ -40,6 +42,59 @@ def test_travels_as_octets(spec: AppSpec) -> None:
 def test_stays_and_waits_a_minute_by_itself() -> None:
     spec = app_spec(App(), name="empty", code=b"")
     assert (spec.owner, spec.deploy_timeout_s, spec.backends, spec.routes) == ("", 60.0, (), ())
+
+
+def test_each_deploy_has_an_id() -> None:
+    assert app_spec(App(), name="app", code=b"").id != app_spec(App(), name="app", code=b"").id != ""
+
+
+def make_spec(**routes: str) -> AppSpec:
+    """Routes by name: "GET /pattern backend.method", "+" before further backends, "~" before shadows."""
+    endpoints, infos = [], []
+    for name, text in routes.items():
+        methods, pattern, leads = text.split()
+        leads, _, shadow = leads.partition("~")
+        leads, _, target = leads.partition(".")
+        weights = tuple((backend, 1.0) for backend in leads.split("+"))
+        shadows = ((shadow, 1.0),) if shadow else ()
+        endpoints.append(EndpointInfo(name, weights, shadows, target or "__call__"))
+        infos.append(RouteInfo(pattern, pattern, tuple(methods.split(",")), name))
+    return AppSpec("main", (), tuple(endpoints), tuple(infos), b"")
+
+
+@pytest.mark.parametrize(
+    ("new", "old", "stands_in"),
+    [
+        ({"x": "GET /b b"}, {"x": "GET /b b"}, True),
+        ({"x": "GET /b b"}, {"other": "GET /b b"}, True),
+        ({"x": "GET /b b", "y": "GET /more b"}, {"x": "GET /b b"}, True),
+        ({"x": "GET,POST /b b"}, {"x": "GET /b b"}, True),
+        ({}, {"x": "GET /c c"}, True),
+        ({"x": "GET /b b"}, {"x": "GET /b b", "y": "GET /more b"}, False),
+        ({"x": "GET /b b"}, {"x": "GET,POST /b b"}, False),
+        ({"x": "GET /b b"}, {"x": "GET /b b.other"}, False),
+        ({"x": "GET /b c"}, {"x": "GET /b b"}, False),
+        ({"x": "GET /b c+b"}, {"x": "GET /b b"}, True),
+        ({"x": "GET /b c~b"}, {"x": "GET /b b"}, True),
+        ({"x": "GET /b c"}, {"x": "GET /b c~b"}, False),
+    ],
+    ids=[
+        "the same",
+        "by another name",
+        "one more route",
+        "one more method",
+        "nothing is asked of it",
+        "one route less",
+        "one method less",
+        "another method of the backend",
+        "it leads elsewhere",
+        "to both",
+        "as a shadow",
+        "as a shadow no more",
+    ],
+)
+def test_stands_in_for(new: dict[str, str], old: dict[str, str], stands_in: bool) -> None:
+    assert make_spec(**new).stands_in_for(make_spec(**old), "b") is stands_in
 
 
 def test_scaled(spec: AppSpec) -> None:

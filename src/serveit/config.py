@@ -13,12 +13,36 @@ from serveit.types import DEFAULT_METHOD
 
 Location = Literal["HeadOnly", "EveryNode", "NoServer"]
 
+NODE_HOST = "node"
+"""The `host` that stands for each node's own address."""
 HTTP_QUEUE = 1_000
 """`max_queued_requests` of a proxy's router where the backend names none."""
 HANDLE_QUEUE = 10_000
 """`max_queued_requests` of a handle's router where the backend names none."""
 ASYNC_ONGOING = 100
 """`max_ongoing_requests` of an `async def` backend where none is named."""
+ACTOR_OPTIONS: Mapping[str, tuple[type, ...]] = {
+    "num_cpus": (int, float),
+    "num_gpus": (int, float),
+    "memory": (int, float),
+    "resources": (dict,),
+    "accelerator_type": (str,),
+    "label_selector": (dict,),
+    "runtime_env": (dict,),
+    "scheduling_strategy": (str,),
+}
+"""Options of Ray's actors that a backend may set."""
+ACTOR_OPTIONS_TAKEN: Mapping[str, str] = {
+    "name": "names its actors",
+    "namespace": "has one of its own",
+    "lifetime": "ends replicas itself",
+    "get_if_exists": "starts replicas itself",
+    "max_restarts": "starts others in the place of those that die",
+    "max_task_retries": "decides what is sent again: see idempotent",
+    "max_concurrency": "has max_ongoing_requests",
+    "concurrency_groups": "has a group of its own for control",
+}
+"""Options that would take replicas out of its hands; why."""
 MAX_SECONDS = 365 * 24 * 3600.0
 """The longest time that an option can ask for: what is longer is meant as "never", and has its own word."""
 
@@ -46,6 +70,11 @@ class BackendConfig:
         request_timeout_s: seconds over HTTP until the first byte of the answer; None for no limit.
             Handles inherit their caller's deadline or have none.
         graceful_shutdown_timeout_s: how long a drain waits for running requests.
+        max_surge: replicas beyond `num_replicas` that an update may start at once; as many of the old
+            ones stop when they are ready. 0: each old one stops first, for a cluster without room.
+        ray_actor_options: what each replica's actor asks of the cluster, as Ray spells it:
+            {"num_gpus": 0.5, "resources": {"tpu": 1}, "runtime_env": {...}}. None: nothing; it then
+            needs one CPU free to be placed, and holds none.
     """
 
     num_replicas: int = 1
@@ -59,6 +88,8 @@ class BackendConfig:
     user_config: Any = None
     request_timeout_s: float | None = 60.0
     graceful_shutdown_timeout_s: float = 30.0
+    max_surge: int = 1
+    ray_actor_options: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_replicas", "max_concurrent_batches", "num_threads"):
@@ -66,12 +97,15 @@ class BackendConfig:
         for name in ("max_batch_size", "max_ongoing_requests"):
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name), least=1)
+        _check_count("max_surge", self.max_surge, least=0)
         if self.max_queued_requests is not None:
             _check_count("max_queued_requests", self.max_queued_requests, least=0)
         for name in ("batch_wait_timeout_s", "graceful_shutdown_timeout_s"):
             _check_seconds(name, getattr(self, name))
         if self.request_timeout_s is not None:
             _check_seconds("request_timeout_s", self.request_timeout_s, positive=True)
+        if self.ray_actor_options is not None:
+            _check_actor_options(self.ray_actor_options)
         self._check_batching()
 
     def _check_batching(self) -> None:
@@ -140,9 +174,11 @@ class HTTPOptions:
     """The HTTP servers of an instance.
 
     Attributes:
-        host: address to bind. Anything but a loopback address is reachable from other machines.
-        port: TCP port; 0 picks a free one.
-        location: "HeadOnly" (one server, on the head node), "EveryNode", or "NoServer"/None.
+        host: address to bind. Anything but a loopback address is reachable from other machines. "node":
+            each server binds its own node's address in Ray, the one that the other nodes reach it by.
+        port: TCP port; 0 picks a free one, on each node another.
+        location: "HeadOnly" (one server, on the head node), "EveryNode" (one on each, also on nodes that
+            join later), or "NoServer"/None.
         middlewares: ASGI middleware factories, outermost first: "package.module:factory" or the
             factory itself; each is called with the ASGI app that it wraps.
         root_path: the path prefix that a reverse proxy in front strips.
@@ -205,6 +241,25 @@ class HTTPOptions:
     def serves(self) -> bool:
         """Whether there is a server at all."""
         return self.location not in (None, "NoServer")
+
+
+def _check_actor_options(options: Any) -> None:
+    """TypeError or ValueError for what cannot be asked of Ray, or is serveit's to decide."""
+    if not isinstance(options, Mapping):
+        raise TypeError(f"ray_actor_options must be a dict, got {options!r}")
+    for name, value in options.items():
+        if name in ACTOR_OPTIONS_TAKEN:
+            raise ValueError(f"ray_actor_options must not set {name!r}: serveit {ACTOR_OPTIONS_TAKEN[name]}")
+        if name not in ACTOR_OPTIONS:
+            raise TypeError(f"ray_actor_options has no {name!r}: {did_you_mean(name, list(ACTOR_OPTIONS))}")
+        if not isinstance(value, ACTOR_OPTIONS[name]) or isinstance(value, bool):
+            raise TypeError(f"ray_actor_options[{name!r}] cannot be {value!r}")
+        if isinstance(value, (int, float)) and not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"ray_actor_options[{name!r}] must be ≥ 0 and finite, got {value!r}")
+        if name == "scheduling_strategy" and value not in ("DEFAULT", "SPREAD"):
+            raise ValueError(
+                f"ray_actor_options['scheduling_strategy'] must be 'DEFAULT' or 'SPREAD', got {value!r}"
+            )
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:

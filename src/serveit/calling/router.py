@@ -265,9 +265,8 @@ class Router:
     def _look_for_end(self) -> None:
         """Where no replica is left that takes requests, and none is to come, there is nothing to wait for."""
         known = [self._connections.get(replica.id) for replica in self.info.replicas]
-        self._ending = (
-            bool(known) and not self._replaced and all(one is not None and one.draining for one in known)
-        )
+        none_comes = bool(self.info.given_up) or (bool(known) and not self._replaced)
+        self._ending = none_comes and all(one and one.draining for one in known)
         if self._ending:
             self._end_waiting(list(self._queue))
 
@@ -279,7 +278,7 @@ class Router:
             link = await self._connect(connection.replica, connection)
         except Exception as error:
             self._forget(connection)
-            logger.warning("replica %s cannot be reached: %s", connection.replica.id, error)
+            logger.debug("replica %s cannot be reached: %s", connection.replica.id, error)
             return
         except BaseException:
             self._forget(connection)
@@ -292,7 +291,7 @@ class Router:
     def _forget(self, connection: Connection) -> None:
         if self._connections.get(connection.replica.id) is connection:
             del self._connections[connection.replica.id]
-            self._ending = False
+            self._ending &= bool(self.info.given_up)
             self._ring = list(self._connections.values())
 
     def _take_no_more(self) -> None:
@@ -381,6 +380,8 @@ class Router:
             exchange.bucket = None
 
     def _shut_down(self) -> Exception:
+        if self.info.given_up:
+            return NoReplica(f"backend {self.info.name!r} has failed for good: `serveit status` says why")
         return Draining(f"backend {self.info.name!r} is being shut down")
 
     def _too_late(self, phase: Phase) -> Exception:

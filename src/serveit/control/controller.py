@@ -2,28 +2,38 @@
 
 Here is what drivers ask for; the `reconciler` brings the apps to what they are to be, the `publisher`
 tells callers of it by whole, numbered snapshots, and the `proxies` are kept running. Processes are
-started and stopped through a `Launcher`, which is Ray's in `actors` and a fake in tests.
+started and stopped through a `Launcher`, which is Ray's in `launching` and a fake in tests. A change is
+kept (`checkpoint`) before it is made: a controller that died is followed by one that goes on from there.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import secrets
 import time
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from serveit.clock import LoopClock
-from serveit.control.orders import Deployed, DeployFailed
-from serveit.control.processes import pause
+from serveit.control.apps import RunningApp, no_app
+from serveit.control.checkpoint import MAX_PAUSE_S, AppRecord, Checkpoint, Checkpoints
+from serveit.control.orders import ActorName, Deployed, DeployFailed
+from serveit.control.outcomes import Outcomes
+from serveit.control.owners import Owners
+from serveit.control.processes import backoff_s, pause
 from serveit.control.proxies import Proxies
 from serveit.control.publisher import Publisher
-from serveit.control.reconciler import Reconciler, Surroundings
-from serveit.control.replicas import Replica, RunningApp, Version
+from serveit.control.reconciler import Reconciler
+from serveit.control.replicas import Version
+from serveit.control.starting import Surroundings
 from serveit.exceptions import NotServing
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from serveit.control.checkpoint import Store
     from serveit.control.orders import ProxyOrder, Started, StartFailed
     from serveit.control.processes import Launcher
     from serveit.control.snapshot import Snapshot
@@ -32,63 +42,132 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("serveit.controller")
 
-MAX_OUTCOMES = 20
-"""Deploys whose outcome is kept for whoever has not asked yet."""
-
 
 class Controller:
     """Desired state, actual state, and what brings them together.
 
-    All mutable state: `_outcomes` (of deploys, by version), `_owners` (drivers that are connected, how
-    often), `_losses` (of their connections), `_version` (the last of an app's), `_shutdown` (the task;
-    None before); the apps are the reconciler's, the snapshots the publisher's.
+    All mutable state: `_version` (the last of an app's), `_to_remove` (apps whose end a controller before
+    this one has begun), `_ending` (all of it is to end) and `_shutdown` (the task that does it; None
+    before); the apps are the reconciler's, the snapshots the publisher's, what became of changes the
+    `outcomes`', drivers the `owners`'.
     """
 
     def __init__(
         self,
         launcher: Launcher,
+        store: Store,
         *,
         folder: str,
-        secret: bytes,
         over_tcp: bool,
         log_level: str,
         clock: Clock | None = None,
-        token: str = "",
     ) -> None:
         """
         Args:
             launcher: makes the processes.
+            store: keeps what the next controller has to know.
             folder: for the sockets of this instance.
-            secret: for channels between nodes.
             over_tcp: whether there may be other nodes.
             log_level: of the processes.
             clock: the running event loop's, if there is none.
-            token: part of the names of its replicas' actors; made up, if it is empty.
         """
+        self._launcher = launcher
         self._clock = clock if clock is not None else LoopClock()
-        self._publisher = Publisher(self._clock, epoch=time.time_ns() // 1_000_000)
-        self._proxies = Proxies(launcher, self._clock, self._publisher.forget)
-        surroundings = Surroundings(folder, secret, over_tcp, log_level, token or secrets.token_hex(3))
-        self._reconciler = Reconciler(launcher, self._clock, self._publisher, surroundings)
+        self.owners = Owners(self._clock, self._end_apps)
+        self._publisher = Publisher(self._clock)
+        self._checkpoints = Checkpoints(store, self._clock, self._checkpoint)
+        self._proxies = Proxies(launcher, self._clock, self._publisher.forget, self._checkpoints.mark)
+        fresh = Surroundings(folder, secrets.token_bytes(32), over_tcp, log_level, secrets.token_hex(3))
+        self._reconciler = Reconciler(launcher, self._clock, self._publisher, fresh, self._checkpoints.mark)
         self._apps = self._reconciler.apps
-        self._outcomes: dict[int, asyncio.Future[Deployed | DeployFailed]] = {}
-        self._owners: dict[str, int] = {}
-        self._losses: dict[str, int] = {}
+        self.outcomes = Outcomes(self._apps, self._checkpoints, self._publisher)
         self._version = 0
+        self._to_remove: tuple[AppRecord, ...] = ()
+        self._ending = False
         self._shutdown: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
         return f"<Controller {self.snapshot.version} {list(self._apps.values())}>"
 
+    @property
+    def secret(self) -> bytes:
+        """For channels between nodes."""
+        return self._reconciler.surroundings.secret
+
     def check_open(self) -> None:
         """Raises NotServing once the instance shuts down."""
-        if self._shutdown is not None:
+        if self._ending:
             raise NotServing("the instance is shutting down")
+
+    # -- starting, for the first time or again -----------------------------------------------
+
+    async def restore(self) -> Checkpoint | None:
+        """Read what a controller before this one has kept; the instance is the same then.
+
+        Raises:
+            ValueError: another version of serveit has written it.
+        """
+        kept = await self._checkpoints.load()
+        now = time.time_ns() // 1_000_000
+        self._publisher.begin(now if kept is None else max(now, kept.epoch + 1))
+        if kept is not None:
+            self._version = kept.version
+            self._ending = self._reconciler.stopping = kept.ending
+            self._reconciler.restore(kept)
+        return kept
+
+    async def take_over(self, kept: Checkpoint | None) -> None:
+        """Take over what runs, and end what nobody wants. Callers are told nothing before.
+
+        Args:
+            kept: what `restore` gave.
+        """
+        names = await self._launcher.running()
+        replicas = [name for name in map(ActorName.parse, names) if name is not None]
+        if kept is None:
+            # Another instance's, whose controller was ended by force.
+            for name in replicas:
+                self._launcher.stray(str(name)).kill()
+            await self._proxies.recover(None, names)
+            self._checkpoints.mark()
+            return
+        logger.info("a controller has started anew: it takes over %d actors", len(names))
+        self._to_remove = kept.leaving
+        homes, leaving = {}, []
+        for record in (*kept.leaving, *kept.apps.values()):
+            app, versions = _restored(record)
+            homes.update({(app.name, number): (app, version) for number, version in versions.items()})
+            if record.leaving:
+                leaving.append(app)
+            else:
+                self._apps[app.name] = app
+                self.outcomes.remember(app)
+        await self._proxies.recover(kept.http, names)
+        for member in self._proxies.members:
+            self._publisher.expect(member)
+        await self._reconciler.adopt(homes, replicas)
+        for app in leaving:
+            self._reconciler.remove(app)
+        self._to_remove = ()
+        for owner in {app.target.spec.owner for app in self._apps.values()} - {""}:
+            self.owners.expect(owner)
+        self._checkpoints.mark()
+
+    async def await_owners(self, kept: Checkpoint) -> None:
+        """After `take_over`: apps whose drivers do not come back end. Then the instance may be empty."""
+        if kept.ending:
+            await self.shutdown()
+            return
+        await self.owners.await_expected()
+        for app in self._reconciler.removing:
+            await self._reconciler.removed(app.name)  # whoever has deleted it may be gone
+        await self.last_ended()
 
     # -- what drivers ask for ----------------------------------------------------------------
 
-    def deploy(self, spec: AppSpec) -> int:
-        """Set what an app is to be; `deployed` tells what became of it.
+    async def deploy(self, spec: AppSpec) -> int:
+        """Set what an app is to be; `outcomes` tell what became of it. Asked again for the same, it is the
+        same deploy.
 
         Returns:
             The version of this spec.
@@ -96,56 +175,67 @@ class Controller:
         Raises:
             ValueError: a route of it belongs to another app already.
             NotServing: the instance is shutting down.
+            OSError: the change cannot be kept, and is not made.
         """
-        self.check_open()
-        self._check_routes(spec)
-        self._version += 1
-        version = Version(self._version, spec)
-        app = self._apps.get(spec.name)
-        if app is None:
-            app = self._apps[spec.name] = RunningApp(version)
-        else:
-            app.begin(version)
-        self._outcomes[version.number] = app.outcome
-        if len(self._outcomes) > MAX_OUTCOMES:
-            del self._outcomes[next(iter(self._outcomes))]
+        async with self._checkpoints.changing:
+            self.check_open()
+            app = self._apps.get(spec.name)
+            if app is not None and spec.id and app.target.spec.id == spec.id:
+                return app.target.number
+            if app is not None:
+                self.owners.check(app.target.spec, spec.owner)
+            spec.check_routes(v.spec for other in self._apps.values() for v in other.versions)
+            version = Version(self._version + 1, spec)
+            await self._keep(
+                spec.name,
+                AppRecord((version.record,), version.number, changing=True)
+                if app is None
+                else app.record.retargeted(version.record),
+                version=version.number,
+            )
+            self.check_open()
+            self._version += 1
+            app = self._apps.get(spec.name)  # a failed change may have ended it meanwhile
+            if app is None:
+                app = self._apps[spec.name] = RunningApp(version)
+            else:
+                app.begin(version)
+            self.outcomes.remember(app)
         self._reconciler.reconcile(app)
         return version.number
 
-    async def deployed(self, name: str, version: int) -> Deployed | DeployFailed:
-        """Wait until the app is up, or failed to come up; then proxies know of it, too."""
-        outcome = self._outcomes.get(version)
-        if outcome is None:
-            return DeployFailed(f"app {name!r} was changed or deleted meanwhile")
-        return await self._in_force(outcome)
-
-    def scale(self, name: str, backend: str, num_replicas: int) -> None:
+    async def scale(self, name: str, backend: str, num_replicas: int) -> None:
         """Change a backend's number of replicas; `settled` waits for it. A backend that was given up is
         tried anew.
 
         Raises:
             KeyError: no such app or backend.
             ValueError: a negative number.
+            OSError: the change cannot be kept, and is not made.
         """
-        app = self._known(name)
-        app.target.spec.scaled(backend, num_replicas)  # raises before anything is changed
-        app.begin()
-        app.scale(backend, num_replicas)
+        async with self._checkpoints.changing:
+            await self._keep(name, self._known(name).record.scaled(backend, num_replicas))
+            app = self._known(name)
+            app.scale(backend, num_replicas)
         self._reconciler.reconcile(app)
 
-    def reroute(self, name: str, endpoint: str, weights: list[Any], shadows: list[Any]) -> None:
-        """Change where an endpoint leads; while a new version comes up: where that one's will.
+    async def reroute(self, name: str, endpoint: str, weights: list[Any], shadows: list[Any]) -> None:
+        """Change where an endpoint leads, in a new version that is coming up, too.
 
         Raises:
             KeyError: no such app, endpoint or backend.
+            OSError: the change cannot be kept, and is not made.
         """
-        target = self._known(name).target
-        target.spec = target.spec.rerouted(endpoint, weights, shadows)
+        async with self._checkpoints.changing:
+            app = self._known(name)
+            app.target.spec.rerouted(endpoint, weights, shadows)  # raises before anything is changed
+            await self._keep(name, app.record.rerouted(endpoint, weights, shadows))
+            app.reroute(endpoint, weights, shadows)
         self._reconciler.publish()
 
     async def settled(self, name: str) -> Deployed | DeployFailed:
-        """Wait until an app is what it is to be, or what the last change made of it has failed."""
-        return await self._in_force(self._known(name).outcome)
+        """What becomes of the last change of an app. KeyError lists the known ones."""
+        return await self.outcomes.settled(self._known(name))
 
     async def delete(self, name: str, owner: str | None = None) -> None:
         """End an app: its routes first, then what it runs may end, then its replicas. One that is ending
@@ -155,34 +245,56 @@ class Controller:
             name: of the app.
             owner: who wants it; an app that another driver has taken over stays. None: whoever has it.
         """
-        await self._reconciler.remove(name, owner)
-        await self._last_ended()
+        async with self._checkpoints.changing:
+            app = self._apps.get(name)
+            if app is not None and app.is_of(owner):
+                record = msgspec.structs.replace(app.record, leaving=True)
+                await self._keep(name, None, leaving=(*self._checkpoint().leaving, record))
+                self._reconciler.remove(app)
+        await self._reconciler.removed(name, owner)
+        await self.last_ended()
 
     async def shutdown(self) -> None:
         """End everything: stop accepting, let what runs end, stop the processes. Once is enough."""
         if self._shutdown is None:
+            self._ending = True
             self._shutdown = asyncio.get_running_loop().create_task(self._shut_down())
         await asyncio.shield(self._shutdown)
 
     async def _shut_down(self) -> None:
         self._reconciler.stopping = True
+        self._checkpoints.mark()  # the next controller would go on with it
         try:
             await self._proxies.aclose(self._reconciler.drain_s)
         finally:
             await self._reconciler.aclose()
+            await self._checkpoints.aclose()
 
     async def status(self, name: str) -> dict[str, Any]:
-        """What an app's replicas are doing, and which backends were given up."""
-        app = self._apps.get(name)
-        if app is None:
-            return {"backends": {}, "failed": {}}
-        replicas = list(app.replicas.values())
-        told = await asyncio.gather(*map(_status, replicas))
-        backends: dict[str, dict[str, Any]] = {backend.name: {} for backend in app.target.spec.backends}
-        for replica, status in zip(replicas, told, strict=True):
-            backends.setdefault(replica.backend, {})[replica.id] = status
-        failed = {name: why for version in app.versions for name, why in version.given_up.items()}
-        return {"backends": backends, "failed": failed}
+        """What an app's replicas are doing, and which backends were given up. KeyError lists the known
+        apps."""
+        leaving = next((app for app in self._reconciler.removing if app.name == name), None)
+        if (app := self._apps.get(name) or leaving) is not None:
+            return await app.status()
+        if name in self.outcomes.failures:  # for whoever has not waited
+            return no_app(self.outcomes.failures[name])
+        return await self._known(name).status()
+
+    async def overview(self) -> dict[str, Any]:
+        """All apps' status, and where the instance answers."""
+        apps = {app.name: app for app in (*self._reconciler.removing, *self._apps.values())}
+        told = await asyncio.gather(*(app.status() for app in apps.values()))
+        return {
+            "url": self.url,
+            "epoch": self._publisher.epoch,
+            "proxies": self._proxies.status(),
+            "apps": dict(zip(apps, told, strict=True)),
+        }
+
+    @property
+    def specs(self) -> dict[str, AppSpec]:
+        """All apps, as they are to be."""
+        return {name: app.target.spec for name, app in self._apps.items()}
 
     def describe(self, name: str) -> AppSpec:
         """The spec of an app. KeyError lists the known ones."""
@@ -191,9 +303,7 @@ class Controller:
     @property
     def is_empty(self) -> bool:
         """Whether nothing is to run, nothing is still ending, and nobody may be about to deploy something."""
-        return self._reconciler.is_empty and not any(self._owners.values())
-
-    # -- HTTP --------------------------------------------------------------------------------
+        return self._reconciler.is_empty and not self.owners.are_there
 
     @property
     def url(self) -> str | None:
@@ -206,32 +316,24 @@ class Controller:
 
     # -- owners ------------------------------------------------------------------------------
 
-    def owner_joined(self, owner: str) -> None:
-        """A driver whose end is its apps' has connected."""
-        self._owners[owner] = self._owners.get(owner, 0) + 1
-
-    def owner_left(self, owner: str) -> None:
-        """It has ended its apps itself."""
-        self._owners.pop(owner, None)
-
-    async def owner_lost(self, owner: str, grace_s: float) -> None:
-        """Its connection is gone; without another in so long its apps are deleted."""
-        if owner not in self._owners:
-            return  # it had said so
-        self._owners[owner] -= 1
-        loss = self._losses[owner] = self._losses.get(owner, 0) + 1
-        await pause(self._clock, grace_s)
-        if self._owners.get(owner) or self._losses.get(owner) != loss:
-            return
-        self._owners.pop(owner, None)
-        self._losses.pop(owner, None)
+    async def _end_apps(self, owner: str) -> None:
         names = [app.name for app in self._apps.values() if app.target.spec.owner == owner]
         for name in names:
             logger.warning("the driver of app %r is gone: deleting the app", name)
-        await asyncio.gather(*map(self.delete, names))
-        await self._last_ended()
+        await asyncio.gather(*(self._delete_by_all_means(name, owner) for name in names))
 
-    async def _last_ended(self) -> None:
+    async def _delete_by_all_means(self, name: str, owner: str) -> None:
+        """There is nobody who could try again."""
+        attempts = 0
+        while True:
+            try:
+                return await self.delete(name, owner)
+            except OSError as error:
+                logger.error("app %r cannot be deleted now: %s", name, error)
+                attempts += 1
+                await pause(self._clock, backoff_s(attempts + 1, MAX_PAUSE_S))
+
+    async def last_ended(self) -> None:
         """Without any app: wait for what a failed deploy has left. Whoever ended the last app, or was the
         last, looks next whether this is empty, and nobody does so later."""
         if not self._apps:
@@ -256,13 +358,33 @@ class Controller:
         """Wait until every watcher has taken in this snapshot; see `Publisher.acknowledged`."""
         await self._publisher.acknowledged(version)
 
-    async def _in_force(self, change: asyncio.Future[Deployed | DeployFailed]) -> Deployed | DeployFailed:
-        outcome = await asyncio.shield(change)
-        if isinstance(outcome, Deployed):
-            await self.acknowledged(outcome.version)
-        return outcome
+    # -- keeping -----------------------------------------------------------------------------
 
-    # -- small things ------------------------------------------------------------------------
+    def _checkpoint(self) -> Checkpoint:
+        """All that the next controller has to know."""
+        around = self._reconciler.surroundings
+        return Checkpoint(
+            epoch=self._publisher.epoch,
+            token=around.token,
+            secret=around.secret,
+            version=self._version,
+            number=self._reconciler.number,
+            apps={name: app.record for name, app in self._apps.items()},
+            leaving=(
+                *self._to_remove,
+                *(msgspec.structs.replace(app.record, leaving=True) for app in self._reconciler.removing),
+            ),
+            http=self._proxies.kept,
+            ending=self._ending,
+        )
+
+    async def _keep(self, name: str, record: AppRecord | None, **changes: Any) -> None:
+        """Keep what is now, but for one app, which is to become this; None without it. Raises OSError."""
+        now = self._checkpoint()
+        apps = {other: app for other, app in now.apps.items() if other != name}
+        if record is not None:
+            apps[name] = record
+        await self._checkpoints.keep(msgspec.structs.replace(now, apps=apps, **changes))
 
     def _known(self, name: str) -> RunningApp:
         app = self._apps.get(name)
@@ -270,34 +392,8 @@ class Controller:
             raise KeyError(f"there is no app {name!r}; running: {', '.join(sorted(self._apps)) or 'none'}")
         return app
 
-    def _check_routes(self, spec: AppSpec) -> None:
-        """ValueError for one that another app has, or goes back to if its change fails."""
-        taken = {
-            place: other.name
-            for other in self._apps.values()
-            if other.name != spec.name
-            for version in other.versions
-            for place in _places(version.spec)
-        }
-        for place, route in _places(spec).items():
-            if place in taken:
-                raise ValueError(
-                    f"{place[1]} {route} of app {spec.name!r} is taken by app {taken[place]!r}: "
-                    "give one of them a prefix"
-                )
 
-
-async def _status(replica: Replica) -> dict[str, Any]:
-    told = {}
-    if replica.process is not None and replica.stage == "ready":
-        told = await replica.process.status()
-    return {"state": replica.stage, **told}
-
-
-def _places(spec: AppSpec) -> dict[tuple[str, str], str]:
-    """Where its routes are, once the parameters' names are taken out: (regex, method) to pattern."""
-    return {
-        (re.escape(route.prefix) + route.regex, method): route.prefix + route.pattern
-        for route in spec.routes
-        for method in route.methods
-    }
+def _restored(record: AppRecord) -> tuple[RunningApp, Mapping[int, Version]]:
+    """An app, and those of its versions of which replicas may run, by number."""
+    versions = {version.number: Version.of(version) for version in record.versions}
+    return RunningApp.of(record, versions), versions

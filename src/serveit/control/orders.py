@@ -5,12 +5,17 @@ What only replicas and drivers unpickle (the app by value, an exception) travels
 
 from __future__ import annotations
 
+import re
+from typing import Any, NamedTuple
+
 import msgspec
 
 NAMESPACE = "serveit"
 """The Ray namespace of an instance's actors."""
 CONTROLLER = "controller"
 """The name of the controller's actor."""
+PROXY_NAMES = "proxy-"
+"""What the names of proxies' actors begin with."""
 
 
 class ReplicaOrder(msgspec.Struct, frozen=True):
@@ -29,8 +34,41 @@ class ReplicaOrder(msgspec.Struct, frozen=True):
     """Whether callers on other nodes have to reach it."""
     log_level: str = "info"
     actor: str = ""
-    """The name of its actor: no other replica of the cluster has it, not even one that a dead controller
-    has left."""
+    """The name of its actor; an `ActorName`."""
+    actor_options: dict[str, Any] = {}
+    """What it asks of the cluster."""
+    max_ongoing: int = 1
+    """Requests that it runs at once."""
+
+
+class ActorName(NamedTuple):
+    """What the name of a replica's actor tells a controller that finds it running."""
+
+    app: str
+    replica: str
+    """Its id, "backend#7"."""
+    version: int
+    """Of the app that it runs."""
+    token: str
+    """Of the instance: nobody else's actor in the cluster has this name."""
+
+    def __str__(self) -> str:
+        return f"{self.app}/{self.replica}.{self.version}@{self.token}"
+
+    @property
+    def backend(self) -> str:
+        return self.replica.rpartition("#")[0]
+
+    @property
+    def number(self) -> int:
+        """Of the replica."""
+        return int(self.replica.rpartition("#")[2])
+
+    @classmethod
+    def parse(cls, name: str) -> ActorName | None:
+        """None for the name of an actor that is no replica."""
+        found = re.fullmatch(r"([^/]+)/(.+#\d+)\.(\d+)@(\w+)", name, re.DOTALL)
+        return cls(found[1], found[2], int(found[3]), found[4]) if found is not None else None
 
 
 class ProxyOrder(msgspec.Struct, frozen=True):
@@ -43,6 +81,8 @@ class ProxyOrder(msgspec.Struct, frozen=True):
     paths: tuple[str, ...] = ()
     """Where middlewares are found: the driver's import paths."""
     log_level: str = "info"
+    node: str = ""
+    """The id of the node that it serves on."""
 
 
 class Started(msgspec.Struct, frozen=True, tag=True):
@@ -51,6 +91,10 @@ class Started(msgspec.Struct, frozen=True, tag=True):
     pid: int
     address: str
     """A replica's: where its callers connect, an encoded `Place`. A proxy's: its URL."""
+
+
+class Leaving(msgspec.Struct, frozen=True, tag=True):
+    """The process is ending already: a controller that is gone now has told it to."""
 
 
 class StartFailed(msgspec.Struct, frozen=True, tag=True):
@@ -91,6 +135,15 @@ class Deployed(msgspec.Struct, frozen=True, tag=True):
     """Of the first snapshot that says so."""
 
 
+class Deploying(msgspec.Struct, frozen=True, tag=True):
+    """The app is on its way."""
+
+    backends: dict[str, tuple[int, int]]
+    """By name: replicas of the new version that are ready, and how many there are to be."""
+    waiting: tuple[str, ...] = ()
+    """What it waits for, where that is not the user's code: a line each."""
+
+
 class DeployFailed(msgspec.Struct, frozen=True, tag=True):
     """The app did not come up; what ran before runs on."""
 
@@ -101,14 +154,14 @@ class DeployFailed(msgspec.Struct, frozen=True, tag=True):
 encode = msgspec.msgpack.encode
 
 
-def decode_outcome(octets: bytes) -> Started | StartFailed:
+def decode_outcome(octets: bytes) -> Started | StartFailed | Leaving:
     """What a process said of its start."""
-    return msgspec.msgpack.decode(octets, type=Started | StartFailed)
+    return msgspec.msgpack.decode(octets, type=Started | StartFailed | Leaving)
 
 
-def decode_deployed(octets: bytes) -> Deployed | DeployFailed:
-    """What became of a deploy."""
-    return msgspec.msgpack.decode(octets, type=Deployed | DeployFailed)
+def decode_deployed(octets: bytes) -> Deployed | DeployFailed | Deploying:
+    """What became of a deploy so far."""
+    return msgspec.msgpack.decode(octets, type=Deployed | DeployFailed | Deploying)
 
 
 def place_text(place: Place) -> str:

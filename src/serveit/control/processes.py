@@ -7,10 +7,10 @@ the clock that they were given.
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
-    from serveit.control.orders import ProxyOrder, ReplicaOrder, Started, StartFailed
+    from serveit.control.orders import Leaving, ProxyOrder, ReplicaOrder, Started, StartFailed
     from serveit.types import Clock
 
 BACKOFF_S, MAX_BACKOFF_S = 0.5, 30.0
@@ -26,8 +26,8 @@ class Process(Protocol):
     async def placed(self) -> None:
         """Wait until it exists: the cluster has found a place for it. Raises ProcessDied."""
 
-    async def start(self) -> Started | StartFailed:
-        """Order it to become what it is for. Raises ProcessDied."""
+    async def start(self) -> Started | StartFailed | Leaving:
+        """Order it to become what it is for; the same again, if that was asked before. Raises ProcessDied."""
 
     async def status(self) -> dict[str, Any]:
         """What it is doing; empty if it does not say."""
@@ -38,19 +38,50 @@ class Process(Protocol):
     async def death(self) -> str:
         """Wait for its end; the text says how it came."""
 
-    async def stop(self, drain_s: float) -> None:
-        """Let it end what it runs, at most so long, then end it; returns when it is gone."""
+    async def stop(self, drain_s: float, *, to_deadlines: bool = False) -> None:
+        """Let it end what it runs, then end it; returns when it is gone.
+
+        Args:
+            drain_s: how long what it runs may take.
+            to_deadlines: whether requests that have a deadline may take as long as that.
+        """
 
     def kill(self) -> None:
         """End it at once."""
 
 
+class Node(NamedTuple):
+    """A machine of the cluster."""
+
+    id: str
+    address: str
+    is_head: bool
+
+
 class Launcher(Protocol):
     """Makes processes."""
 
-    def replica(self, order: ReplicaOrder, max_ongoing: int) -> Process: ...
+    def replica(self, order: ReplicaOrder) -> Process:
+        """Wherever there is place."""
 
-    def proxy(self, order: ProxyOrder) -> Process: ...
+    def proxy(self, order: ProxyOrder) -> Process:
+        """On the order's node."""
+
+    def adopt(self, order: ReplicaOrder | ProxyOrder) -> Process:
+        """The process that was made for this order, or one with the same name, by an earlier controller.
+        Its `start` tells what that start has led to. One that is gone raises ProcessDied from then on."""
+
+    async def nodes(self) -> list[Node]:
+        """Those that are alive."""
+
+    async def running(self) -> list[str]:
+        """The names of all actors of replicas and proxies that there are."""
+
+    def stray(self, name: str) -> Process:
+        """One to be ended, of which only the actor's name is known."""
+
+    async def lacking(self, order: ReplicaOrder) -> str:
+        """What keeps the cluster from placing it: "needs 4 CPU, 2 free"; empty if nothing does."""
 
 
 def backoff_s(attempts: int, longest_s: float = MAX_BACKOFF_S) -> float:

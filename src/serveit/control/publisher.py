@@ -26,16 +26,28 @@ class Publisher:
     """All mutable state: `snapshot` (the latest), `_seen` (the latest that each watcher has taken in),
     `_moved` (set, and replaced, when either changes)."""
 
-    def __init__(self, clock: Clock, epoch: int) -> None:
+    def __init__(self, clock: Clock) -> None:
         """
         Args:
             clock: for what watchers get to acknowledge.
-            epoch: the first part of all versions; later controllers have higher ones.
         """
-        self.snapshot = Snapshot((epoch, 0), ())
+        self.snapshot = Snapshot((0, 0), ())
         self._clock = clock
         self._seen: dict[str, tuple[int, int]] = {}
         self._moved = asyncio.Event()
+
+    @property
+    def epoch(self) -> int:
+        """The first part of all versions: later controllers have higher ones."""
+        return self.snapshot.version[0]
+
+    def begin(self, epoch: int) -> None:
+        """Before anything else."""
+        self.snapshot = Snapshot((epoch, 0), ())
+
+    def expect(self, member: str) -> None:
+        """The member watched a controller before this one, and comes to this one: it is waited for."""
+        self._seen.setdefault(member, (0, 0))
 
     def publish(self, apps: tuple[AppInfo, ...]) -> None:
         """Make the next snapshot, if anything in it is new."""
@@ -72,9 +84,8 @@ class Publisher:
                 return
         finally:
             waiting.cancel()
-        late = self._late(version)
-        logger.warning("no word from %s about snapshot %s", ", ".join(late), version)
-        for member in late:
+        for member in self._late(version):
+            logger.warning("no word from %s about snapshot %s", member, version)
             self.forget(member)
 
     async def _taken_in(self, version: tuple[int, int]) -> None:

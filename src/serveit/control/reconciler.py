@@ -9,57 +9,82 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from serveit.control.orders import Deployed, DeployFailed, ReplicaOrder, StartFailed
-from serveit.control.plan import Stop, plan
+from serveit.control.apps import RunningApp
+from serveit.control.orders import ActorName, Deployed, DeployFailed, Leaving
+from serveit.control.plan import Start, Stop, Wait, plan
 from serveit.control.processes import ProcessDied, ended
-from serveit.control.replicas import Replica, RunningApp
+from serveit.control.replicas import Replica, Version
+from serveit.control.starting import Starter
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterable
+    from collections.abc import Callable, Coroutine, Iterable
 
+    from serveit.control.checkpoint import Checkpoint
+    from serveit.control.orders import ReplicaOrder, Started
     from serveit.control.processes import Launcher, Process
     from serveit.control.publisher import Publisher
-    from serveit.control.replicas import Version
+    from serveit.control.starting import Surroundings
     from serveit.types import Clock
 
 logger = logging.getLogger("serveit.controller")
 
 MAX_SILENT_DEATHS = 3
 """Processes that vanish while they start, without a word: so often is it tried."""
+LATE_S = 10.0
+"""At the end of all, beyond what apps get to end what they run, and then their replicas."""
+STRAY_DRAIN_S = 30.0
+"""What an actor that nobody knows may take to end what it runs."""
+ADOPT_S = 1.5
+"""What replicas that a controller before this one has started get to answer, until callers are told of
+those that have."""
 
 
-class Surroundings(NamedTuple):
-    """What all replicas of an instance are told."""
-
-    folder: str
-    secret: bytes
-    over_tcp: bool
-    log_level: str
-    token: str
-    """Of this instance's controller: what a controller before it has left running has other names."""
+Homes = Mapping[tuple[str, int], tuple[RunningApp, Version]]
+"""Where a replica belongs, by the name of its app and the number of its version."""
 
 
 class Reconciler:
     """All mutable state: `apps` (by name), `_leaving` (deleted, with requests that still run), `stopping`
-    (nothing is started any more), `_number` (of the last replica), `_tasks`, and of them those that end
-    apps, `_removals`, and replicas, `_endings`."""
+    (nothing is started any more), `_adopting` (it is still found out what runs), `number` (of the last
+    replica), `_tasks`, and of them those that end apps, `_removals`, and replicas, `_endings`."""
 
     def __init__(
-        self, launcher: Launcher, clock: Clock, publisher: Publisher, surroundings: Surroundings
+        self,
+        launcher: Launcher,
+        clock: Clock,
+        publisher: Publisher,
+        surroundings: Surroundings,
+        on_change: Callable[[], None],
     ) -> None:
+        """
+        Args:
+            launcher: makes the processes.
+            clock: for pauses and patience.
+            publisher: tells callers.
+            surroundings: what replicas are told.
+            on_change: called when there is something new to keep for the next controller.
+        """
         self.apps: dict[str, RunningApp] = {}
         self.stopping = False
+        self.number = 0
         self._launcher = launcher
         self._clock = clock
         self._publisher = publisher
-        self._surroundings = surroundings
+        self._starter = Starter(launcher, clock, surroundings)
+        self._on_change = on_change
+        self._adopting = False
         self._leaving: list[RunningApp] = []
-        self._number = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._removals: dict[RunningApp, asyncio.Task[None]] = {}
         self._endings: set[asyncio.Task[None]] = set()
+
+    @property
+    def surroundings(self) -> Surroundings:
+        """What all replicas are told."""
+        return self._starter.surroundings
 
     @property
     def is_empty(self) -> bool:
@@ -72,31 +97,39 @@ class Reconciler:
         apps = (*self.apps.values(), *self._removals)
         return max((app.drain_s for app in apps), default=0.0)
 
+    @property
+    def removing(self) -> list[RunningApp]:
+        """Those that have been deleted, and end what they run."""
+        return list(self._removals)
+
     def publish(self) -> None:
         """Tell callers what serves; of two apps of one name: the later."""
-        known = {app.name: app for app in (*self._leaving, *self.apps.values())}
-        infos = (app.published() for app in known.values())
-        self._publisher.publish(tuple(info for info in infos if info is not None))
+        told = (app.published() for app in (*self._leaving, *self.apps.values()))
+        infos = {info.name: info for info in told if info is not None}
+        self._publisher.publish(tuple(infos.values()))
 
-    async def remove(self, name: str, owner: str | None = None) -> None:
-        """End an app: its routes first, then what it runs may end, then its replicas. Goes on if whoever
-        waits for it is cancelled; who asks again waits for the same end, not for another app's that was
-        deployed under the name meanwhile.
+    def remove(self, app: RunningApp) -> None:
+        """End an app: its routes first, then what it runs may end, then its replicas; see `removed`."""
+        if self.apps.get(app.name) is app:  # not one that was deployed under its name
+            del self.apps[app.name]
+        app.leaving = True
+        app.settle(DeployFailed("the app was deleted"))
+        removal = self._removals[app] = self._run(self._removed(app))
+        removal.add_done_callback(lambda _: self._forget(app))
+
+    def _forget(self, app: RunningApp) -> None:
+        del self._removals[app]
+        self._on_change()
+
+    async def removed(self, name: str, owner: str | None = None) -> None:
+        """Wait for the end of apps of this name that were removed, not for another that was deployed under
+        it meanwhile. Goes on if whoever waits is cancelled.
 
         Args:
             name: of the app.
             owner: only this one's; None for anybody's.
         """
-        app = self.apps.get(name)
-        if app is not None and app.is_of(owner):
-            self._remove(app)
         await _all([end for app, end in self._removals.items() if app.name == name and app.is_of(owner)])
-
-    def _remove(self, app: RunningApp) -> None:
-        del self.apps[app.name]
-        app.settle(DeployFailed("the app was deleted"))
-        removal = self._removals[app] = self._run(self._removed(app))
-        removal.add_done_callback(lambda _: self._removals.pop(app))
 
     async def _removed(self, app: RunningApp) -> None:
         try:
@@ -109,7 +142,6 @@ class Reconciler:
 
     async def _let_end(self, app: RunningApp) -> None:
         """Without its routes, until nothing runs: what one of its requests calls is to be there still."""
-        app.leaving = True
         self._leaving.append(app)
         try:
             self.publish()
@@ -126,60 +158,126 @@ class Reconciler:
         """End all apps, and wait for all of them, and all replicas, that are being ended."""
         self.stopping = True
         for app in list(self.apps.values()):
-            self._remove(app)
+            self.remove(app)
+        late = self._clock.call_later(2 * self.drain_s + LATE_S, self._kill_all)
         await _all(self._removals.values())
         await self.ended()
+        late.cancel()
         for task in self._tasks:
             task.cancel()
         await _all(self._tasks)
+
+    def _kill_all(self) -> None:
+        """What an update has given more time than there is now."""
+        for app in self._removals:
+            for replica in app.replicas.values():
+                if replica.process is not None:
+                    replica.process.kill()
 
     def reconcile(self, app: RunningApp) -> None:
         """One step: start what is missing, publish what is up, stop what is too many.
 
         Nothing in it calls back: what it sets off happens in tasks, which come back here.
         """
+        if self._adopting:
+            return
         if self.stopping or self.apps.get(app.name) is not app:
             self.publish()  # what is leaving is not sent to the dead
             return
-        complete = app.complete
-        if complete:
-            app.live = app.target
-            app.target.silent = 0
+        before = app.live, app.target.proven
+        complete = app.advance()
         versions = {version.number: version for version in app.versions}
         serving = app.live.wanted if app.live is not None else None
-        for action in plan(app.target.wanted, serving, app.states()):
-            if isinstance(action, Stop):
-                self._end(app, app.replicas[action.replica])
-            else:
-                self._start(app, versions[action.version], action.backend)
+        now = self._clock.time()
+        for action in plan(app.target.wanted, serving, app.states(), now):
+            match action:
+                case Start(backend, number):
+                    self._start(app, versions[number], backend)
+                case Stop(id):
+                    self._end(app, app.replicas[id])
+                case Wait(until):
+                    app.look_again(self._clock.call_later(until - now, self.reconcile, app))
         self.publish()
+        if before != (app.live, app.target.proven) or (complete and app.changing):
+            self._on_change()
         if complete:
             app.settle(Deployed(self._publisher.snapshot.version))
+        app.move()
 
     def _start(self, app: RunningApp, version: Version, backend: str) -> None:
-        """Start a replica, unless its backend was given up or has to wait: then `_count` comes back."""
-        if backend in version.given_up or version.put_off(backend, self._clock.time()):
-            return
-        self._number += 1
-        replica = Replica(f"{backend}#{self._number}", backend, version)
+        self.number += 1
+        replica = Replica(f"{backend}#{self.number}", backend, version)
         app.replicas[replica.id] = replica
-        self._run(self._supervise(app, replica))
+        self._on_change()  # its number is not to be used again
+        self._run(self._supervise(app, replica, self._launcher.replica))
 
-    async def _supervise(self, app: RunningApp, replica: Replica) -> None:
+    # -- what a controller before this one has left ------------------------------------------
+
+    def restore(self, kept: Checkpoint) -> None:
+        """Go on as the instance that it was."""
+        self._starter.surroundings = self.surroundings._replace(token=kept.token, secret=kept.secret)
+        self.number = kept.number
+
+    async def adopt(self, homes: Homes, found: Iterable[ActorName]) -> None:
+        """Take over the replicas that run; returns when it is known which of them are ready, or nearly so.
+
+        Args:
+            homes: whose they may be.
+            found: the actors that there are.
+        """
+        self._adopting = True
+        looking: list[Replica] = []
+        for name in found:
+            self.number = max(self.number, name.number)
+            app, version = homes.get((name.app, name.version), (None, None))
+            is_ours = name.token == self.surroundings.token
+            if not is_ours or app is None or version is None or version.spec.find(name.backend) is None:
+                self.dismiss(str(name))
+                continue
+            replica = Replica(name.replica, name.backend, version, adopted=True)
+            app.replicas[name.replica] = replica
+            looking.append(replica)
+            self._run(self._supervise(app, replica, self._launcher.adopt))
+        answers = self._run(_answered(looking))
+        await ended(self._clock, answers, ADOPT_S)
+        answers.cancel()
+        self._adopting = False
+        for app in list(self.apps.values()):
+            self.reconcile(app)
+        self.publish()
+
+    def dismiss(self, name: str) -> None:
+        """End an actor that nobody looks after any more."""
+        self._run(self._launcher.stray(name).stop(STRAY_DRAIN_S))
+
+    async def _supervise(
+        self, app: RunningApp, replica: Replica, launch: Callable[[ReplicaOrder], Process]
+    ) -> None:
         """One replica's life, if nobody ends it."""
         silent = False
-        try:
-            failed = await self._become(app, replica)
-        except ProcessDied as error:
-            failed = DeployFailed(f"replica {replica.id} died while it started: {error}")
-            silent = True
-        except Exception as error:
-            failed = DeployFailed(f"replica {replica.id} cannot start: {type(error).__name__}: {error}")
+        outcome: Started | Leaving | DeployFailed
         if replica.ending is not None:
             return
-        if failed is not None:
-            self._not_started(app, replica, failed, silent=silent)
+        try:
+            outcome = await self._starter.start(app, replica, launch)
+        except ProcessDied as error:
+            outcome = DeployFailed(f"replica {replica.id} died while it started: {error}")
+            silent = True
+        except Exception as error:
+            outcome = DeployFailed(f"replica {replica.id} cannot start: {type(error).__name__}: {error}")
+        replica.answered.set()
+        if replica.ending is not None:
             return
+        match outcome:
+            case DeployFailed():
+                self._not_started(app, replica, outcome, silent=silent)
+                return
+            case Leaving():
+                replica.started = True
+                self._end(app, replica)
+                return
+        replica.become(outcome)
+        logger.info("replica %s of app %r is ready (pid %d)", replica.id, app.name, outcome.pid)
         self.reconcile(app)
         assert replica.process is not None, "it has started"
         how = await replica.process.death()
@@ -187,54 +285,6 @@ class Reconciler:
             del app.replicas[replica.id]
             logger.error("replica %s of app %r died: %s", replica.id, app.name, how)
             self._count(app, replica, f"replica {replica.id} died: {how}")
-
-    async def _become(self, app: RunningApp, replica: Replica) -> DeployFailed | None:
-        """Make it a replica; why not, if not. Raises ProcessDied."""
-        if replica.ending is not None:
-            return None
-        spec, around = replica.version.spec, self._surroundings
-        order = ReplicaOrder(
-            id=replica.id,
-            app=spec.name,
-            backend=replica.backend,
-            code=spec.code,
-            folder=around.folder,
-            secret=around.secret,
-            over_tcp=around.over_tcp,
-            log_level=around.log_level,
-            actor=f"{spec.name}/{replica.id}@{around.token}",
-        )
-        limit = spec.backend(replica.backend).info.max_ongoing_requests
-        process = replica.process = self._launcher.replica(order, limit)
-        if not await self._placed(app, replica, process):
-            return DeployFailed(
-                f"replica {replica.id} has waited {spec.deploy_timeout_s:g} s for its process to exist: no "
-                "node has free what it asks for (`ray status` shows what there is); give the cluster "
-                "more, ask for less, or wait longer with deploy_timeout_s"
-            )
-        outcome = await process.start()
-        if isinstance(outcome, StartFailed):
-            return DeployFailed(
-                f"replica {replica.id} cannot start: {outcome.text or outcome.where}", outcome
-            )
-        if replica.ending is None:
-            replica.address = outcome.address
-            logger.info("replica %s of app %r is ready (pid %d)", replica.id, spec.name, outcome.pid)
-        return None
-
-    async def _placed(self, app: RunningApp, replica: Replica, process: Process) -> bool:
-        """Wait for its process; not for ever, if a change hangs on it. Whether it is there."""
-        waiting = asyncio.ensure_future(process.placed())
-        timeout_s = replica.version.spec.deploy_timeout_s
-        try:
-            while not await ended(self._clock, waiting, timeout_s):
-                if app.hangs_on(replica):
-                    return False
-                logger.warning("replica %s still waits for its process to exist", replica.id)
-            waiting.result()
-            return True
-        finally:
-            waiting.cancel()
 
     def _not_started(self, app: RunningApp, replica: Replica, failed: DeployFailed, *, silent: bool) -> None:
         """What raises while it starts fails the change that hangs on it, what dies in silence is tried
@@ -248,7 +298,9 @@ class Reconciler:
             self._count(app, replica, failed.text)
             return
         version.silent += silent
-        if silent and version.silent < MAX_SILENT_DEATHS:
+        # Those that die at the same time were on one node that was lost.
+        num_replicas = max(1, version.spec.backend(replica.backend).num_replicas)
+        if silent and version.silent < MAX_SILENT_DEATHS * num_replicas:
             self.reconcile(app)
         elif silent:
             self._fail(app, DeployFailed(f"{failed.text} ({version.silent} times)"))
@@ -262,11 +314,10 @@ class Reconciler:
         version.died(backend, now, how)
         if backend in version.given_up:
             logger.error("app %r: %s: given up", app.name, version.given_up[backend])
+            self._on_change()
             if app.hangs_on(replica):
                 self._fail(app, DeployFailed(version.given_up[backend]))
                 return
-        elif wait_s := version.put_off(backend, now):
-            self._clock.call_later(wait_s, self.reconcile, app)
         self.reconcile(app)
 
     def _fail(self, app: RunningApp, outcome: DeployFailed) -> None:
@@ -276,6 +327,7 @@ class Reconciler:
             for replica in app.replicas.values():
                 self._end(app, replica)
         app.settle(outcome)
+        self._on_change()
         self.reconcile(app)
 
     def _end(self, app: RunningApp, replica: Replica) -> asyncio.Task[None]:
@@ -288,14 +340,17 @@ class Reconciler:
 
     async def _ended(self, app: RunningApp, replica: Replica) -> None:
         try:
-            if replica.address is not None:
+            if replica.started:
                 await self._publisher.acknowledged(self._publisher.snapshot.version)
-                await replica.stop()
+                # An update cuts nothing off; the end of an app, or of all, does not take that long.
+                stays = self.apps.get(app.name) is app and not self.stopping
+                await replica.stop(to_deadlines=stays)
             elif replica.process is not None:
                 replica.process.kill()
                 await replica.process.death()
         finally:
             del app.replicas[replica.id]
+            self.reconcile(app)  # its room is free
 
     def _run(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(coroutine)
@@ -307,6 +362,11 @@ class Reconciler:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("a task of the controller failed", exc_info=error)
+
+
+async def _answered(replicas: Iterable[Replica]) -> None:
+    for replica in replicas:
+        await replica.answered.wait()
 
 
 async def _all(tasks: Iterable[asyncio.Task[None]]) -> None:

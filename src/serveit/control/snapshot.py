@@ -34,6 +34,8 @@ class BackendInfo(msgspec.Struct, frozen=True):
     prefetch: int = 1
     max_queued_requests: int | None = None
     request_timeout_s: float | None = None
+    given_up: str = ""
+    """Why no replica is to come any more."""
     num_threads: int | None = None
     """Set where a long queue waits for threads: `def` functions that are not called with batches."""
 

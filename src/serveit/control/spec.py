@@ -5,7 +5,9 @@ The controller needs no user code: what only replicas understand travels in `cod
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import re
+import secrets
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -13,7 +15,7 @@ from serveit.config import did_you_mean
 from serveit.control.snapshot import AppInfo, BackendInfo, EndpointInfo, ReplicaInfo, RouteInfo, app_info
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from serveit.declare.app import App
 
@@ -26,6 +28,10 @@ class BackendSpec(msgspec.Struct, frozen=True):
     num_replicas: int
     drain_s: float
     """What a drain waits for running requests."""
+    max_surge: int = 1
+    """Replicas beyond `num_replicas` that an update may start."""
+    ray_actor_options: dict[str, Any] = {}
+    """What its processes ask of the cluster."""
 
     @property
     def name(self) -> str:
@@ -43,16 +49,64 @@ class AppSpec(msgspec.Struct, frozen=True):
     """Where replicas find the app: an encoded `Shipment`."""
     owner: str = ""
     """Whose end is the app's; empty for one that stays until it is deleted."""
+    id: str = ""
+    """Of this deploy: who asks again whether it has arrived asks for the same."""
     deploy_timeout_s: float = 60.0
     """How long one of its replicas may wait for its place in the cluster."""
 
+    def find(self, name: str) -> BackendSpec | None:
+        """A backend of it, if there is one of that name."""
+        return next((backend for backend in self.backends if backend.name == name), None)
+
     def backend(self, name: str) -> BackendSpec:
         """KeyError names the nearest, if there is none."""
-        for backend in self.backends:
-            if backend.name == name:
-                return backend
+        if (found := self.find(name)) is not None:
+            return found
         known = [backend.name for backend in self.backends]
         raise KeyError(f"app {self.name!r} has no backend {name!r}: {did_you_mean(name, known)}")
+
+    def stands_in_for(self, other: AppSpec, backend: str) -> bool:
+        """Whether a backend's replicas of this version can answer all that callers of the other one ask
+        of it: whether each route that leads there in the other does so here, too."""
+        return other._asked_of(backend) <= self._asked_of(backend)
+
+    def _asked_of(self, backend: str) -> set[tuple[str, str, str]]:
+        """By pattern, HTTP method and the backend's method."""
+        leading = {
+            endpoint.name: endpoint.target
+            for endpoint in self.endpoints
+            if backend in {*dict(endpoint.weights), *dict(endpoint.shadows)}
+        }
+        return {
+            (route.pattern, method, leading[route.endpoint])
+            for route in self.routes
+            if route.endpoint in leading
+            for method in route.methods
+        }
+
+    def check_routes(self, others: Iterable[AppSpec]) -> None:
+        """ValueError for a route that another app has.
+
+        Args:
+            others: what runs; specs of this app itself do not matter.
+        """
+        taken = {
+            place: other.name for other in others if other.name != self.name for place in other._places()
+        }
+        for place, route in self._places().items():
+            if place in taken:
+                raise ValueError(
+                    f"{place[1]} {route} of app {self.name!r} is taken by app {taken[place]!r}: "
+                    "give one of them a prefix"
+                )
+
+    def _places(self) -> dict[tuple[str, str], str]:
+        """Where its routes are, once the parameters' names are taken out: (regex, method) to pattern."""
+        return {
+            (re.escape(route.prefix) + route.regex, method): route.prefix + route.pattern
+            for route in self.routes
+            for method in route.methods
+        }
 
     def scaled(self, name: str, num_replicas: int) -> AppSpec:
         """The same with another number of replicas.
@@ -101,6 +155,12 @@ class AppSpec(msgspec.Struct, frozen=True):
         return AppInfo(self.name, backends, self.endpoints, self.routes)
 
 
+def check_app_name(name: str) -> None:
+    """ValueError for one that cannot be part of the names of actors."""
+    if not name or "/" in name or not name.isprintable():
+        raise ValueError(f"an app's name has at least one character, all printable and no '/', got {name!r}")
+
+
 def app_spec(
     app: App, *, name: str, prefix: str = "", code: bytes, owner: str = "", deploy_timeout_s: float = 60.0
 ) -> AppSpec:
@@ -114,9 +174,27 @@ def app_spec(
         owner: id of the driver whose end is the app's; "" for none.
         deploy_timeout_s: how long its replicas may wait for resources.
     """
+    check_app_name(name)
     info = app_info(app, name, prefix, {})
     backends = []
     for backend in info.backends:
         config = app.backends[backend.name].config
-        backends.append(BackendSpec(backend, config.num_replicas, config.graceful_shutdown_timeout_s))
-    return AppSpec(name, tuple(backends), info.endpoints, info.routes, code, owner, deploy_timeout_s)
+        backends.append(
+            BackendSpec(
+                backend,
+                config.num_replicas,
+                config.graceful_shutdown_timeout_s,
+                config.max_surge,
+                dict(config.ray_actor_options or {}),
+            )
+        )
+    return AppSpec(
+        name,
+        tuple(backends),
+        info.endpoints,
+        info.routes,
+        code,
+        owner=owner,
+        id=secrets.token_hex(8),
+        deploy_timeout_s=deploy_timeout_s,
+    )

@@ -5,7 +5,7 @@ A class stays itself; a function becomes a `Backend`, or with `max_batch_size` a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypedDict, TypeVar, overload
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ class BackendOptions(TypedDict, total=False):
     user_config: Any
     request_timeout_s: float | None
     graceful_shutdown_timeout_s: float
+    max_surge: int
+    ray_actor_options: Mapping[str, Any] | None
 
 
 class BackendDecorator(Protocol):

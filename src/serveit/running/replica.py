@@ -163,10 +163,17 @@ class Replica:
         Returns:
             Whether all of it ended in time.
         """
-        self._close_doors()
+        self.close_doors()
         self.observer.replica_event(self.backend.name, self.id, "draining")
         limit_s = self.config.graceful_shutdown_timeout_s if timeout_s is None else timeout_s
         return await self._within(limit_s, self._idle.wait())
+
+    def longest_s(self, otherwise_s: float) -> float:
+        """What the requests that run may still take: the rest of their deadlines, and at least so long for
+        those that have none, or whose answers have begun."""
+        now = self.clock.time()
+        jobs = (*self._running, *self._sending)
+        return max([otherwise_s, *(job.deadline - now for job in jobs if job.deadline is not None)])
 
     async def aclose(self) -> None:
         """Cut off what still runs, let the object clean up and end the threads.
@@ -175,7 +182,7 @@ class Replica:
         makes. What else does not end by itself, as a function in a thread, is left alone after a while.
         Whoever asks again waits for the same end.
         """
-        self._close_doors()
+        self.close_doors()
         if self._starting is not None and not self._starting.done():
             self._starting.cancel()
             await asyncio.wait((self._starting,))
@@ -195,7 +202,8 @@ class Replica:
         self.instance.end_threads()
         self.observer.replica_event(self.backend.name, self.id, "stopped")
 
-    def _close_doors(self) -> None:
+    def close_doors(self) -> None:
+        """Take nothing new."""
         self.admission.close()
         self._batches.hurry()
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
+import logging
 import os
 import socket
 from typing import TYPE_CHECKING
@@ -14,6 +16,8 @@ from serveit.web.middlewares import with_middlewares
 from serveit.web.protocol import protocol_class
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from serveit.config import HTTPOptions
     from serveit.web.ingress import Ingress
 
@@ -112,7 +116,8 @@ class Proxy:
         self._main_loop.cancel()
         server.config.timeout_graceful_shutdown = timeout_s  # type: ignore[assignment]
         await self._serve_fresh(server)
-        await server.shutdown(sockets=self._sockets)
+        with _without_empty_errors():
+            await server.shutdown(sockets=self._sockets)
         tasks = list(server.server_state.tasks)
         if tasks:
             if server.force_exit:
@@ -136,6 +141,21 @@ class Proxy:
         """Stop waiting for requests in an `aclose` under way."""
         if self._server is not None:
             self._server.force_exit = True
+
+
+@contextlib.contextmanager
+def _without_empty_errors() -> Iterator[None]:
+    """uvicorn says as an error that it cancels the requests that still run, also where there are none."""
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return not (str(record.msg).startswith("Cancel") and record.args == (0,))
+
+    said = logging.getLogger("uvicorn.error")
+    said.addFilter(is_news)
+    try:
+        yield
+    finally:
+        said.removeFilter(is_news)
 
 
 def bind(options: HTTPOptions) -> socket.socket:

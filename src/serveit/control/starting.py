@@ -1,0 +1,114 @@
+"""From an order to a replica that serves: its process gets a place in the cluster, and becomes one."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, NamedTuple
+
+from serveit.control.orders import ActorName, DeployFailed, ReplicaOrder, StartFailed
+from serveit.control.processes import ended
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from serveit.control.apps import RunningApp
+    from serveit.control.orders import Leaving, Started
+    from serveit.control.processes import Launcher, Process
+    from serveit.control.replicas import Replica
+    from serveit.types import Clock
+
+LOOK_S = 1.0
+"""So often is it looked what a replica waits for that has no place yet."""
+
+
+class Surroundings(NamedTuple):
+    """What all replicas of an instance are told."""
+
+    folder: str
+    secret: bytes
+    over_tcp: bool
+    log_level: str
+    token: str
+    """Of this instance: another's actors in the cluster have other names."""
+
+
+class Starter:
+    """Makes processes replicas. All mutable state: `surroundings`, before anything is started."""
+
+    def __init__(self, launcher: Launcher, clock: Clock, surroundings: Surroundings) -> None:
+        self.surroundings = surroundings
+        self._launcher = launcher
+        self._clock = clock
+
+    async def start(
+        self, app: RunningApp, replica: Replica, launch: Callable[[ReplicaOrder], Process]
+    ) -> Started | Leaving | DeployFailed:
+        """Make it a replica, or find out what has become of one.
+
+        Args:
+            app: that it is of.
+            replica: gets its process.
+            launch: makes the process, or finds it.
+
+        Raises:
+            ProcessDied: without a word.
+        """
+        order = self._order(replica)
+        process = replica.process = launch(order)
+        if (lacking := await self._placed(app, replica, order)) is not None:
+            return DeployFailed(lacking)
+        # It may have been ready long ago: what it runs may end, though it has no time to answer now.
+        replica.started = replica.adopted
+        outcome = await process.start()
+        if isinstance(outcome, StartFailed):
+            why = outcome.text or outcome.where
+            return DeployFailed(f"replica {replica.id} cannot start: {why}", outcome)
+        return outcome
+
+    def _order(self, replica: Replica) -> ReplicaOrder:
+        spec, around = replica.version.spec, self.surroundings
+        backend = spec.backend(replica.backend)
+        return ReplicaOrder(
+            id=replica.id,
+            app=spec.name,
+            backend=replica.backend,
+            code=spec.code,
+            folder=around.folder,
+            secret=around.secret,
+            over_tcp=around.over_tcp,
+            log_level=around.log_level,
+            actor=str(ActorName(spec.name, replica.id, replica.version.number, around.token)),
+            actor_options=backend.ray_actor_options,
+            max_ongoing=backend.info.max_ongoing_requests,
+        )
+
+    async def _placed(self, app: RunningApp, replica: Replica, order: ReplicaOrder) -> str | None:
+        """Wait for its process; not for ever, if a change hangs on it. What the cluster lacks, if it is
+        not there then."""
+        assert replica.process is not None, "it was launched"
+        placing = asyncio.ensure_future(replica.process.placed())
+        timeout_s = replica.version.spec.deploy_timeout_s
+        began = self._clock.time()
+        try:
+            while not await ended(self._clock, placing, min(LOOK_S, timeout_s)):
+                waited_s = self._clock.time() - began
+                lacking = await self._launcher.lacking(order)
+                if waited_s >= timeout_s and app.hangs_on(replica) and not app.is_ending_some:
+                    return _without_place(app, replica, lacking, timeout_s)
+                if lacking:
+                    replica.waiting = f"replica {replica.id} {lacking}; waiting for {waited_s:.0f} s"
+                    app.move()
+            placing.result()
+            return None
+        finally:
+            replica.waiting = ""
+            placing.cancel()
+
+
+def _without_place(app: RunningApp, replica: Replica, lacking: str, timeout_s: float) -> str:
+    less = ", update in place with max_surge=0" if app.live is not None else ""
+    return (
+        f"replica {replica.id} has waited {timeout_s:g} s for its process to exist: it "
+        f"{lacking or 'has not been started by Ray'}; give the cluster more, ask for less{less}, or wait "
+        "longer (deploy_timeout_s, --deploy-timeout)"
+    )
