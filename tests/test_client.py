@@ -20,7 +20,7 @@ import pytest
 
 from serveit import App, HTTPOptions, NotServing, SyncHandle, run, serve
 from serveit.client import Client, SyncClient
-from serveit.serving import _say_what_is_waited_for, _settled
+from serveit.serving import _settled, say_what_is_waited_for
 from serveit.signals import StopSignals
 from serveit.web.proxy import bind
 
@@ -84,6 +84,10 @@ async def test_status() -> None:
         assert await client.status() == {
             "app": "mine",
             "url": None,
+            "state": "RUNNING",
+            "message": "",
+            "version": 1,
+            "num_replicas": {"double": 1, "slow": 1},
             "backends": {"double": {"double#1": idle}, "slow": {"slow#1": idle}},
             "failed": {},
         }
@@ -258,13 +262,19 @@ def test_the_second_signal_and_the_end_of_patience(
         raise Exit(code)
 
     monkeypatch.setattr(os, "_exit", leave)
-    with StopSignals(1.0):
+    with StopSignals(1.0) as signals:
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(Exit, match="143"):
             signal.raise_signal(signal.SIGTERM)
-        with pytest.raises(Exit, match="0"):
-            signal.raise_signal(signal.SIGALRM)
-    assert capfd.readouterr().err == "stopped, without waiting for code that still runs\n"
+        for _ in range(2):
+            with pytest.raises(Exit, match="0"):
+                signal.raise_signal(signal.SIGALRM)
+            signals.started()
+    assert capfd.readouterr().err.splitlines() == [
+        "stopped at once, by a second signal",
+        "stopped while the app was starting, without waiting for what had begun",
+        "stopped, without waiting for code that still runs",
+    ]
 
 
 def test_handlers_of_another_language_become_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,11 +387,11 @@ async def test_a_stop_says_what_it_waits_for(caplog: pytest.LogCaptureFixture) -
 
     caplog.set_level("INFO", "serveit.client")
     async with serve(app, local=True, http={"location": None}) as client:
-        await _say_what_is_waited_for(client)
+        await say_what_is_waited_for(client)
         assert not caplog.messages
         call = asyncio.ensure_future(client.get_handle("slow").call())
         await begun.wait()
-        await _say_what_is_waited_for(client)
+        await say_what_is_waited_for(client)
         assert caplog.messages == ["stopping once 1 running request has ended; Ctrl-C again stops at once"]
         gate.set()
         await call

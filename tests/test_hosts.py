@@ -269,6 +269,30 @@ class TestProxy:
             await host.aclose(1.0)
         assert watches[0].closed
 
+    async def test_asked_again_it_says_the_same_again(self, watches: list[FakeWatch]) -> None:
+        host = ProxyHost(proxy_order(), object())
+        first = asyncio.ensure_future(host.start())
+        await asyncio.sleep(0)
+        first.cancel()  # a controller that died
+        second, third = await asyncio.gather(host.start(), host.start())
+        try:
+            assert isinstance(second, Started)
+            assert second == third == await host.start()
+            assert len(watches) == 1
+        finally:
+            await host.aclose(1.0)
+        assert await host.start() == StartFailed(b"", where="the HTTP server: it is being stopped")
+
+    async def test_on_its_nodes_own_address(
+        self, watches: list[FakeWatch], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(hosts, "node_address", lambda: "127.0.0.1")
+        host = ProxyHost(proxy_order(host="node"), object())
+        outcome = await host.start()
+        await host.aclose(1.0)
+        assert isinstance(outcome, Started)
+        assert outcome.address.startswith("http://127.0.0.1:")
+
     async def test_an_address_that_is_taken_is_told(self, watches: list[FakeWatch]) -> None:
         holding = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
         port = holding.sockets[0].getsockname()[1]

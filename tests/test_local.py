@@ -61,7 +61,8 @@ async def test_replicas_start_and_stop() -> None:
 async def test_an_empty_app() -> None:
     runtime = LocalRuntime(App(), http=QUIET)
     await runtime.start()
-    assert await runtime.status() == {"app": "default", "url": None, "backends": {}, "failed": {}}
+    status = await runtime.status()
+    assert (status["url"], status["state"], status["backends"]) == (None, "RUNNING", {})
     await runtime.aclose()
 
 
@@ -449,6 +450,12 @@ async def test_a_stop_cancelled_while_http_requests_end() -> None:
     assert (await reader.read()).startswith(b"HTTP/1.1 503 ")
     writer.close()
     await writer.wait_closed()
+
+
+async def test_a_nodes_own_address_needs_ray() -> None:
+    runtime = LocalRuntime(App(), http=HTTPOptions(host="node"))
+    with pytest.raises(ValueError, match="host='node' is a node's address in Ray"):
+        await runtime.start()
 
 
 async def test_http_requests_end_within_the_same_time() -> None:

@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 
 from serveit.config import BackendConfig, did_you_mean
+from serveit.control.spec import check_app_name
 from serveit.declare.app import App
 from serveit.declare.traffic import parse_traffic
 
@@ -21,7 +22,21 @@ if TYPE_CHECKING:
     from serveit.control.spec import AppSpec
 
 
-class Runtime(Protocol):
+class AppControl(Protocol):
+    """What can be asked of an app wherever it runs, and changed in it."""
+
+    async def status(self) -> dict[str, Any]: ...
+
+    async def spec(self) -> AppSpec: ...
+
+    async def scale(self, backend: str, num_replicas: int, *, wait: bool) -> None: ...
+
+    async def reroute(self, endpoint: str, weights: Any, shadows: Any) -> None: ...
+
+    async def delete(self) -> None: ...
+
+
+class Runtime(AppControl, Protocol):
     """What a client needs of whoever runs the app: one process (`local`), or a cluster."""
 
     async def start(self, sock: socket.socket | None = None) -> None: ...
@@ -33,23 +48,98 @@ class Runtime(Protocol):
 
     def get_handle(self, name: str, *, sync: bool = False) -> Any: ...
 
-    async def status(self) -> dict[str, Any]: ...
-
-    async def spec(self) -> AppSpec: ...
-
-    async def scale(self, backend: str, num_replicas: int) -> None: ...
-
-    async def reroute(self, endpoint: str, weights: Any, shadows: Any) -> None: ...
-
-    async def deploy(self, app: App, *, name: str, prefix: str) -> None: ...
-
-    async def delete(self) -> None: ...
+    async def deploy(self, app: App, *, name: str, prefix: str, wait: bool) -> None: ...
 
 
-class Client:
+class AppClient:
+    """What is asked of a running app, and changed in it, without calling it."""
+
+    def __init__(self, app: AppControl) -> None:
+        self._app = app
+
+    async def status(self) -> dict[str, Any]:
+        """What runs, as plain data.
+
+        Returns:
+            "app" and "url"; "state": "RUNNING", "DEPLOYING" (a change is on its way), "FAILED" (the last
+            change, or a backend that was given up; what serves serves on) or "DELETING", and "message" says
+            why; "version" (of its code and options), "num_replicas" (as they are to be, by backend);
+            "backends": of each backend its replicas by id, with "state" ("starting", "ready", "stopping"),
+            "running" and "waiting" (requests), "version", "pid"; "failed": why a backend was given up.
+        """
+        return await self._app.status()
+
+    async def routes(self) -> dict[str, list[Any]]:
+        """The app's paths, each with its endpoint's name and methods."""
+        spec = await self._app.spec()
+        return {route.prefix + route.pattern: [route.endpoint, list(route.methods)] for route in spec.routes}
+
+    async def update(self, backend: str, *, num_replicas: int, wait: bool = True) -> None:
+        """Change a backend while it serves; returns when the change is in force.
+
+        Args:
+            backend: its name.
+            num_replicas: as in `BackendConfig`. Replicas that go end what they run first.
+            wait: False to return when it is sure to be made; `status` tells what becomes of it.
+
+        Raises:
+            KeyError: there is no such backend.
+            ValueError: the value is out of range.
+            Exception: what a new replica's start-up code raised; then the old number stands.
+        """
+        BackendConfig(num_replicas=num_replicas)
+        spec = await self._app.spec()
+        if backend not in (known := _names(spec)):
+            raise KeyError(f"app {spec.name!r} has no backend {backend!r}: {did_you_mean(backend, known)}")
+        await self._app.scale(backend, num_replicas, wait=wait)
+
+    async def set_traffic(self, endpoint: str, traffic: Mapping[str, float]) -> None:
+        """Change the weights of the backends that an endpoint leads to; shadows stay.
+
+        Args:
+            endpoint: a route's name (its path, if it has no other).
+            traffic: weight by backend; they sum to 1.
+
+        Raises:
+            KeyError: no such endpoint.
+            ValueError: no such backend, or the weights do not sum to 1. The old ones stand.
+        """
+        spec, found = await self._endpoint(endpoint)
+        weights = parse_traffic(traffic, None, _names(spec), f"endpoint {endpoint!r}").weights
+        await self._app.reroute(endpoint, weights, found.shadows)
+
+    async def shadow_traffic(self, endpoint: str, backend: str, fraction: float) -> None:
+        """Send copies of some of an endpoint's requests to a backend, whose answers nobody waits for.
+
+        Args:
+            endpoint: a route's name.
+            backend: who gets the copies.
+            fraction: of the requests, from 0 (none any more) to 1.
+        """
+        spec, found = await self._endpoint(endpoint)
+        shadows = {**dict(found.shadows), backend: fraction}
+        parsed = parse_traffic(dict(found.weights), shadows, _names(spec), f"endpoint {endpoint!r}")
+        kept = [(name, share) for name, share in parsed.shadows if share]
+        await self._app.reroute(endpoint, found.weights, kept)
+
+    async def delete(self) -> None:
+        """End the app: what it runs may end."""
+        await self._app.delete()
+
+    async def _endpoint(self, name: str) -> tuple[AppSpec, EndpointInfo]:
+        spec = await self._app.spec()
+        for endpoint in spec.endpoints:
+            if endpoint.name == name:
+                return spec, endpoint
+        known = [endpoint.name for endpoint in spec.endpoints]
+        raise KeyError(f"app {spec.name!r} has no endpoint {name!r}: {did_you_mean(name, known)}")
+
+
+class Client(AppClient):
     """A running app, from a program with an event loop. Got from `async with serveit.serve(app)`."""
 
     def __init__(self, runtime: Runtime) -> None:
+        super().__init__(runtime)
         self._runtime = runtime
 
     def __repr__(self) -> str:
@@ -76,89 +166,21 @@ class Client:
         """
         return self._runtime.get_handle(name, sync=sync)
 
-    async def status(self) -> dict[str, Any]:
-        """What runs, as plain data.
-
-        Returns:
-            "app" and "url"; "backends": of each backend its replicas by id, with "state" ("starting",
-            "ready", "stopping"), "running" and "waiting" (requests); "failed": why a backend was given up.
-        """
-        return await self._runtime.status()
-
-    async def routes(self) -> dict[str, list[Any]]:
-        """The app's paths, each with its endpoint's name and methods."""
-        spec = await self._runtime.spec()
-        return {route.prefix + route.pattern: [route.endpoint, list(route.methods)] for route in spec.routes}
-
-    async def update(self, backend: str, *, num_replicas: int) -> None:
-        """Change a backend while it serves; returns when the change is in force.
-
-        Args:
-            backend: its name.
-            num_replicas: as in `BackendConfig`. Replicas that go end what they run first.
-
-        Raises:
-            KeyError: there is no such backend.
-            ValueError: the value is out of range.
-            Exception: what a new replica's start-up code raised; then the old number stands.
-        """
-        BackendConfig(num_replicas=num_replicas)
-        spec = await self._runtime.spec()
-        if backend not in (known := _names(spec)):
-            raise KeyError(f"app {spec.name!r} has no backend {backend!r}: {did_you_mean(backend, known)}")
-        await self._runtime.scale(backend, num_replicas)
-
-    async def set_traffic(self, endpoint: str, traffic: Mapping[str, float]) -> None:
-        """Change the weights of the backends that an endpoint leads to; shadows stay.
-
-        Args:
-            endpoint: a route's name (its path, if it has no other).
-            traffic: weight by backend; they sum to 1.
-
-        Raises:
-            KeyError: no such endpoint.
-            ValueError: no such backend, or the weights do not sum to 1. The old ones stand.
-        """
-        spec, found = await self._endpoint(endpoint)
-        weights = parse_traffic(traffic, None, _names(spec), f"endpoint {endpoint!r}").weights
-        await self._runtime.reroute(endpoint, weights, found.shadows)
-
-    async def shadow_traffic(self, endpoint: str, backend: str, fraction: float) -> None:
-        """Send copies of some of an endpoint's requests to a backend, whose answers nobody waits for.
-
-        Args:
-            endpoint: a route's name.
-            backend: who gets the copies.
-            fraction: of the requests, from 0 (none any more) to 1.
-        """
-        spec, found = await self._endpoint(endpoint)
-        shadows = {**dict(found.shadows), backend: fraction}
-        parsed = parse_traffic(dict(found.weights), shadows, _names(spec), f"endpoint {endpoint!r}")
-        kept = [(name, share) for name, share in parsed.shadows if share]
-        await self._runtime.reroute(endpoint, found.weights, kept)
-
-    async def deploy(self, app: App, *, name: str, prefix: str = "") -> None:
+    async def deploy(self, app: App, *, name: str = "default", prefix: str = "", wait: bool = True) -> None:
         """Serve another app in the same instance, or the next version of one. It stays until deleted.
 
         Args:
             app: what to serve.
             name: of the app in the instance.
             prefix: in front of all its paths.
+            wait: False to return when it is sure to be tried; `status` tells what becomes of it.
+
+        Raises:
+            ValueError: a route of it belongs to another app.
+            Exception: what a replica's start-up code raised; then what ran before runs on.
         """
-        check_app(app, prefix)
-        await self._runtime.deploy(app, name=name, prefix=prefix)
-
-    async def delete(self) -> None:
-        """End the app: what it runs may end."""
-        await self._runtime.delete()
-
-    async def _endpoint(self, name: str) -> tuple[AppSpec, EndpointInfo]:
-        spec = await self._runtime.spec()
-        for endpoint in spec.endpoints:
-            if endpoint.name == name:
-                return spec, endpoint
-        known = [endpoint.name for endpoint in spec.endpoints]
-        raise KeyError(f"app {spec.name!r} has no endpoint {name!r}: {did_you_mean(name, known)}")
+        check_app(app, name, prefix)
+        await self._runtime.deploy(app, name=name, prefix=prefix, wait=wait)
 
 
 class SyncClient:
@@ -188,9 +210,9 @@ class SyncClient:
         """As `Client.routes`."""
         return self._portal.call(self._client.routes)
 
-    def update(self, backend: str, *, num_replicas: int) -> None:
+    def update(self, backend: str, *, num_replicas: int, wait: bool = True) -> None:
         """As `Client.update`."""
-        self._portal.call(partial(self._client.update, backend, num_replicas=num_replicas))
+        self._portal.call(partial(self._client.update, backend, num_replicas=num_replicas, wait=wait))
 
     def set_traffic(self, endpoint: str, traffic: Mapping[str, float]) -> None:
         """As `Client.set_traffic`."""
@@ -200,9 +222,9 @@ class SyncClient:
         """As `Client.shadow_traffic`."""
         self._portal.call(self._client.shadow_traffic, endpoint, backend, fraction)
 
-    def deploy(self, app: App, *, name: str, prefix: str = "") -> None:
+    def deploy(self, app: App, *, name: str = "default", prefix: str = "", wait: bool = True) -> None:
         """As `Client.deploy`."""
-        self._portal.call(partial(self._client.deploy, app, name=name, prefix=prefix))
+        self._portal.call(partial(self._client.deploy, app, name=name, prefix=prefix, wait=wait))
 
     def delete(self) -> None:
         """As `Client.delete`."""
@@ -213,9 +235,10 @@ def _names(spec: AppSpec) -> list[str]:
     return [backend.name for backend in spec.backends]
 
 
-def check_app(app: App, prefix: str) -> None:
+def check_app(app: App, name: str, prefix: str) -> None:
     """Raises TypeError or ValueError for what cannot be served."""
     if not isinstance(app, App):
         raise TypeError(f"expected a serveit.App, got {type(app).__name__}")
+    check_app_name(name)
     if prefix and (not prefix.startswith("/") or prefix.endswith("/")):
         raise ValueError(f"prefix must start with '/' and not end with one, got {prefix!r}")

@@ -34,9 +34,8 @@ def import_module(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or not (name == error.name or name.startswith(f"{error.name}.")):
             raise
-        raise ImportFailed(
-            f"there is no module {name!r} (looked in {os.getcwd()} and the installed packages)"
-        ) from None
+        looked = f"(looked in {os.getcwd()} and the installed packages)"
+        raise ImportFailed(f"there is no module {name!r} {looked}{_nearest(name)}") from None
 
 
 def import_target(text: str, kind: type[Any]) -> Any:
@@ -87,6 +86,21 @@ def _attribute(module: Any, path: str, hint: str) -> Any:
     return found
 
 
+def _nearest(module: str) -> str:
+    """What was meant by the name of a module that is not there, as far as the working directory tells."""
+    parent, _, last = module.rpartition(".")
+    if _is_here(parent):
+        return f": write '{parent}:{last}' if {last} is what the module {parent} holds"
+    here = [path.stem for path in Path.cwd().glob("*.py") if path.stem.isidentifier()]
+    near = did_you_mean(module, here)
+    return f": {near}" if near.startswith("did") else ""
+
+
+def _is_here(module: str) -> bool:
+    """Whether there is a module of that name, as a file, below the working directory."""
+    return bool(module) and Path(*module.split(".")).with_suffix(".py").is_file()
+
+
 def _suggest(location: str, named: dict[str, Any]) -> str:
     return f": there is {', '.join(f'{location}:{name}' for name in named)}" if named else ""
 
@@ -95,7 +109,7 @@ def _import_file(location: str) -> Any:
     """Import a file as `python -m` would from the folder above its packages."""
     path = Path(location).resolve()
     if not path.is_file():
-        raise ImportFailed(f"there is no file {location!r} (looked in {os.getcwd()})")
+        raise ImportFailed(f"there is no file {location!r} (looked in {os.getcwd()}){_nearest_file(path)}")
     names = [path.stem]
     folder = path.parent
     while (folder / "__init__.py").is_file():
@@ -113,6 +127,23 @@ def _import_file(location: str) -> Any:
             "give the file another name"
         )
     return module
+
+
+def _nearest_file(path: Path) -> str:
+    """What was meant by the path of a file that is not there."""
+    whole, parent = path.with_name(f"{path.name}.py"), path.parent.with_suffix(".py")
+    if whole.is_file():
+        return f": write '{os.path.relpath(whole)}'"
+    if parent.is_file() and not path.suffix:
+        return f": write '{os.path.relpath(parent)}:{path.name}'"
+    folder = path.parent if path.parent.is_dir() else Path.cwd()
+    here = {os.path.relpath(other): other.name for other in folder.glob("*.py")}
+    if path.name in here.values():
+        return f": did you mean {path.name!r}?"
+    near = did_you_mean(path.stem, [Path(name).stem for name in here.values()])
+    if near.startswith("did"):
+        return f": {near[:-2]}.py'?"
+    return ": write 'package.module:app' or 'path/to/file.py:app'"
 
 
 def _put_first(folder: str) -> None:

@@ -11,13 +11,12 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
 
-from anyio import CancelScope
-
 from serveit.calling.directory import Directory
 from serveit.calling.gateway import Gateway, open_portal
 from serveit.calling.handle import Handle
+from serveit.cancellation import is_cancelled, outlast
 from serveit.clock import DeadlineWheel, LoopClock
-from serveit.config import HANDLE_QUEUE, HTTP_QUEUE
+from serveit.config import HANDLE_QUEUE, HTTP_QUEUE, NODE_HOST
 from serveit.context import serving
 from serveit.control.snapshot import ReplicaInfo, Snapshot
 from serveit.control.spec import AppSpec, app_spec
@@ -104,8 +103,13 @@ class LocalRuntime:
 
         Raises:
             OSError: the address can't be listened on; found before any replica starts.
+            ValueError: the address is one that only Ray knows.
             Exception: what a replica's constructor or other start-up code raised.
         """
+        if listen and self.http.serves and self.http.host == NODE_HOST:
+            raise ValueError(
+                "host='node' is a node's address in Ray, which is not used here: name an address"
+            )
         async with contextlib.AsyncExitStack() as stack:
             self._make()
             names = (*self.app.backends, *(route.name for route in self.app.routes))
@@ -145,7 +149,7 @@ class LocalRuntime:
             try:
                 await self._let_end()
             finally:
-                await _outlast(self._exit.aclose())
+                await outlast(self._exit.aclose())
 
     def get_handle(self, name: str, *, sync: bool = False) -> Any:
         """A handle on a backend or endpoint. KeyError lists the known names."""
@@ -168,16 +172,30 @@ class LocalRuntime:
                 "running": statistics.running,
                 "waiting": statistics.waiting,
             }
-        return {"app": self.name, "url": self.url, "backends": backends, "failed": {}}
+        return {
+            "app": self.name,
+            "url": self.url,
+            "state": "DELETING" if self._closed else "RUNNING",
+            "message": "",
+            "version": 1,
+            "num_replicas": {backend.name: backend.num_replicas for backend in self._spec.backends},
+            "backends": backends,
+            "failed": {},
+        }
 
     async def spec(self) -> AppSpec:
         """The app as it is to be."""
         return self._spec
 
-    async def scale(self, backend: str, num_replicas: int) -> None:
+    async def scale(self, backend: str, num_replicas: int, *, wait: bool = True) -> None:
         """Change a backend's number of replicas; returns when they are there, and what is too many gone.
 
         One change at a time: each finds what the one before has left.
+
+        Args:
+            backend: its name.
+            num_replicas: of it.
+            wait: it always is waited.
 
         Raises:
             NotServing: the app is shutting down.
@@ -199,7 +217,7 @@ class LocalRuntime:
         self._spec = self._spec.rerouted(endpoint, weights, shadows)
         await self._see_through(self._publish())
 
-    async def deploy(self, app: App, *, name: str, prefix: str) -> None:
+    async def deploy(self, app: App, *, name: str, prefix: str, wait: bool = True) -> None:
         raise NeedsRay("without Ray a process serves one app: leave local=True out to serve several")
 
     async def delete(self) -> None:
@@ -238,7 +256,7 @@ class LocalRuntime:
             self._check_open()
         except BaseException:
             await self._see_through(self._end_replicas(new))
-            if not _is_cancelled():
+            if not is_cancelled():
                 self._check_open()  # it was `aclose` that gave the start up
             raise
         self._states.update((replica.id, "ready") for replica in new)
@@ -341,7 +359,7 @@ class LocalRuntime:
             await asyncio.gather(*(replica.idle(limits[replica] - spent_s) for replica in busy))
 
     async def _close_replicas(self) -> None:
-        await _outlast(self._end_all())
+        await outlast(self._end_all())
 
     async def _end_replicas(self, replicas: Collection[Replica], limit_s: float | None = None) -> None:
         """Let what runs in them end, in their own time or this, and close them."""
@@ -364,12 +382,6 @@ class LocalRuntime:
         await asyncio.sleep(0)  # the ends of the links
 
 
-def _is_cancelled() -> bool:
-    """Whether somebody wants this very task to end."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
-
-
 async def _close_proxy(proxy: Proxy, timeout_s: float) -> None:
     """Let its requests end; where this is cancelled, at once."""
     closing = asyncio.get_running_loop().create_task(proxy.aclose(timeout_s))
@@ -377,20 +389,5 @@ async def _close_proxy(proxy: Proxy, timeout_s: float) -> None:
         await asyncio.shield(closing)
     except asyncio.CancelledError:
         proxy.force()
-        await _outlast(closing)
+        await outlast(closing)
         raise
-
-
-async def _outlast(work: Coroutine[Any, Any, Any] | asyncio.Task[Any]) -> None:
-    """See it to its end, however often this is cancelled meanwhile; then be cancelled."""
-    task = asyncio.ensure_future(work)
-    cancelled: asyncio.CancelledError | None = None
-    with CancelScope(shield=True):  # an anyio scope would try again at every turn of the loop
-        while not task.done():
-            try:
-                await asyncio.wait((task,))
-            except asyncio.CancelledError as error:
-                cancelled = error
-    if cancelled is not None and not task.cancelled() and task.exception() is None:
-        raise cancelled
-    task.result()

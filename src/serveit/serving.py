@@ -7,7 +7,7 @@ import contextlib
 import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from anyio.from_thread import start_blocking_portal
 
@@ -21,9 +21,14 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from serveit.client import Runtime
+    from serveit.control.orders import Deploying
     from serveit.declare.app import App
 
 logger = logging.getLogger("serveit.client")
+
+
+LOOK_S = 2.0
+"""What it may take to find out what a stop waits for."""
 
 
 class Serving:
@@ -68,7 +73,7 @@ class Serving:
 
     def __enter__(self) -> SyncClient:
         _refuse_event_loop(f"write `async with serveit.{self._what}(...)`")
-        options = {"loop_factory": _loop_factory()}
+        options = {"loop_factory": loop_factory()}
         with contextlib.ExitStack() as stack:
             portal = stack.enter_context(start_blocking_portal(backend_options=options, name="serveit"))
             client = stack.enter_context(portal.wrap_async_context_manager(self))
@@ -95,6 +100,7 @@ def serve(
     local: bool = False,
     sock: socket.socket | None = None,
     log_level: str = "info",
+    on_progress: Callable[[Deploying], None] | None = None,
 ) -> Serving:
     """Serve an app for as long as one is inside the context manager that this returns.
 
@@ -115,8 +121,9 @@ def serve(
         local: in this process, without Ray.
         sock: a listening socket to take over; with `local`.
         log_level: of the processes on Ray.
+        on_progress: on Ray, told how far the replicas' start is, at once and whenever that changes.
     """
-    check_app(app, prefix)
+    check_app(app, name, prefix)
     options = None if http is None else HTTPOptions.parse(http)
     if local and address is not None:
         raise ValueError("address is for Ray, and local=True does without: give one of them")
@@ -138,6 +145,7 @@ def serve(
             address=address,
             deploy_timeout_s=deploy_timeout_s,
             log_level=log_level,
+            on_progress=on_progress,
         )
 
     return Serving(make_runtime, sock)
@@ -176,15 +184,17 @@ def run(
     sock: socket.socket | None = None,
     log_level: str = "info",
     on_ready: Callable[[Client], None] | None = None,
+    on_progress: Callable[[Deploying], None] | None = None,
 ) -> None:
     """Serve an app until Ctrl-C or SIGTERM; then what runs may end, within its backend's
     `graceful_shutdown_timeout_s`.
 
-    A second signal ends the process at once. So does the first, a moment later, where code in a
-    thread (a constructor, a `def` function after its time) does not return: it cannot be stopped.
+    A second signal ends the process at once, and with it an embedded Ray. So does the first, a moment
+    later, where code that cannot be stopped does not return (a constructor, a `def` function after its
+    time) or Ray is just starting.
 
     Args:
-        app, name, prefix, http, address, deploy_timeout_s, local, sock, log_level: as `serve`.
+        app, name, prefix, http, address, deploy_timeout_s, local, sock, log_level, on_progress: as `serve`.
         on_ready: called once it answers.
 
     Raises:
@@ -202,9 +212,10 @@ def run(
         local=local,
         sock=sock,
         log_level=log_level,
+        on_progress=on_progress,
     )
     longest_s = max((b.config.graceful_shutdown_timeout_s for b in app.backends.values()), default=0.0)
-    with StopSignals(longest_s) as signals, asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with StopSignals(longest_s) as signals, asyncio.Runner(loop_factory=loop_factory()) as runner:
         runner.run(_serve_until_stopped(serving, signals, on_ready))
 
 
@@ -214,11 +225,12 @@ async def _serve_until_stopped(
     stopped = asyncio.ensure_future(signals.attach().wait())
     starting = asyncio.ensure_future(serving.__aenter__())
     try:
-        await asyncio.wait((starting, stopped), return_when=asyncio.FIRST_COMPLETED)
+        await signals.first_of(starting, stopped)
         if not starting.done():
             starting.cancel()
-            await asyncio.wait((starting,))
+            await signals.first_of(starting)
             if starting.cancelled() or starting.exception() is not None:
+                logger.info("stopped while the app was starting")
                 return
         client = starting.result()
         try:
@@ -227,7 +239,7 @@ async def _serve_until_stopped(
                 on_ready(client)
             with _settled():
                 await stopped
-            await _say_what_is_waited_for(client)
+            await say_what_is_waited_for(client)
         finally:
             await serving.__aexit__(None, None, None)
     finally:
@@ -235,10 +247,18 @@ async def _serve_until_stopped(
         signals.ending()
 
 
-async def _say_what_is_waited_for(client: Client) -> None:
+class Watched(Protocol):
+    """Whose status can be asked for: a client, or an app without one."""
+
+    async def status(self) -> dict[str, Any]: ...
+
+
+async def say_what_is_waited_for(app: Watched) -> None:
+    """Log how many requests still run, if any: a stop waits for them."""
     try:
-        status = await client.status()
-    except NotServing:  # the controller is gone
+        async with asyncio.timeout(LOOK_S):
+            status = await app.status()
+    except (NotServing, TimeoutError):  # the controller is gone
         return
     replicas = [replica for backend in status["backends"].values() for replica in backend.values()]
     count = sum(replica.get("running", 0) + replica.get("waiting", 0) for replica in replicas)
@@ -267,7 +287,8 @@ def _refuse_event_loop(instead: str) -> None:
     raise RuntimeError(f"an event loop is running in this thread: {instead}")
 
 
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """What makes the event loops of this package: uvloop's, where there is one."""
     try:
         import uvloop
     except ImportError:  # not on every platform

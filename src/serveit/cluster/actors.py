@@ -7,22 +7,25 @@ the group "control" have a loop and thread of their own, so they answer though u
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 import ray
 
 from serveit.cluster.contact import find_controller
-from serveit.control.orders import ProxyOrder, ReplicaOrder, Started, encode
+from serveit.control.orders import ProxyOrder, ReplicaOrder, encode
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine
 
     from serveit.cluster.hosts import ProxyHost, ReplicaHost
+
+T = TypeVar("T")
 
 CONTROL_GROUP = "control"
 control = ray.method(concurrency_group=CONTROL_GROUP)
 _leaving = asyncio.Event()  # of this process; of the control group's loop
+_waiting: asyncio.Future[Any] | None = None  # for it
 
 
 class Actor:
@@ -34,8 +37,13 @@ class Actor:
 
     @control
     async def end(self) -> None:
-        """Does not return before `leave`: who awaits it hears of the process's death."""
-        await _leaving.wait()
+        """Does not return before `leave`: who awaits it hears of the process's death. One at a time: a
+        controller that asks is the next after one that died while it waited."""
+        global _waiting
+        if _waiting is not None:
+            _waiting.cancel()
+        _waiting = asyncio.ensure_future(_leaving.wait())
+        await asyncio.wait((_waiting,))
 
     @control
     async def leave(self) -> None:
@@ -51,16 +59,15 @@ class ReplicaActor(Actor):
         self._loop = asyncio.get_running_loop()
 
     async def start(self, order: bytes) -> bytes:
-        """Become the replica that is ordered; an encoded Started or StartFailed."""
+        """Become the replica that is ordered; an encoded Started, StartFailed or Leaving. Asked again, also
+        by another controller and while it starts, it says what became of the first order."""
         from serveit.cluster.hosts import ReplicaHost
 
-        host = ReplicaHost(
-            msgspec.msgpack.decode(order, type=ReplicaOrder), ray.get_runtime_context().get_node_id()
-        )
-        outcome = await host.start()
-        if isinstance(outcome, Started):
-            self._host = host
-        return encode(outcome)
+        if self._host is None:
+            self._host = ReplicaHost(
+                msgspec.msgpack.decode(order, type=ReplicaOrder), ray.get_runtime_context().get_node_id()
+            )
+        return encode(await self._host.start())
 
     async def run(self, reserved: list[Any]) -> Any:
         """The task of a slot that was reserved: its request id, arguments, and named arguments."""
@@ -80,6 +87,13 @@ class ReplicaActor(Actor):
             await self._on_loop(self._host.idle(timeout_s))
 
     @control
+    async def close_doors(self, otherwise_s: float) -> float:
+        """Take nothing new. What the requests that run may take: to their deadlines, without one so long."""
+        if self._host is None:
+            return 0.0
+        return await self._on_loop(_later(self._host.leave, otherwise_s))
+
+    @control
     async def drain(self, timeout_s: float) -> bool:
         """Take nothing new, let what runs end, close the user's object.
 
@@ -97,8 +111,12 @@ class ReplicaActor(Actor):
         assert self._host is not None, "only started replicas are asked"
         return encode(self._host.status())
 
-    async def _on_loop(self, coroutine: Coroutine[Any, Any, Any]) -> None:
-        await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self._loop))
+    async def _on_loop(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self._loop))
+
+
+async def _later(function: Callable[..., T], *args: Any) -> T:
+    return function(*args)
 
 
 class ProxyActor(Actor):
@@ -108,11 +126,13 @@ class ProxyActor(Actor):
         self._host: ProxyHost | None = None
 
     async def start(self, order: bytes) -> bytes:
-        """Become the proxy that is ordered; an encoded Started or StartFailed."""
+        """Become the proxy that is ordered; an encoded Started or StartFailed. Asked again, also by another
+        controller and while it starts, it says the same again."""
         from serveit.cluster.hosts import ProxyHost
 
-        host = self._host = ProxyHost(msgspec.msgpack.decode(order, type=ProxyOrder), find_controller())
-        return encode(await host.start())
+        if self._host is None:
+            self._host = ProxyHost(msgspec.msgpack.decode(order, type=ProxyOrder), find_controller())
+        return encode(await self._host.start())
 
     async def drain(self, timeout_s: float) -> None:
         """Stop listening, let requests that run end."""

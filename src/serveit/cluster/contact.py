@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -23,6 +24,9 @@ logger = logging.getLogger("serveit.watch")
 
 CONTROL_S = 5.0
 """What the controller gets to answer."""
+RESTART_S = 20.0
+"""What Ray gets to start a controller that died anew; it takes 1 to 2 s."""
+LOOK_S = 0.2
 AGAIN_S = (0.0, 0.1, 0.3, 0.6, 1.0, 3.0, 10.0)
 """Pauses before the attempts to open a line again; those within 2 s keep an owner's apps."""
 GONE = "the controller is gone: requests go on, but nothing can be changed before the app is served anew"
@@ -40,38 +44,70 @@ def find_controller() -> Any:
         return ray.get_actor(CONTROLLER, namespace=NAMESPACE)
     except ValueError:
         raise NotServing(
-            "no serveit instance runs in this Ray cluster: start an app with `serveit run module:app`, "
-            "or `async with serveit.serve(app)`"
+            "no serveit instance runs in this Ray cluster: `serveit deploy module:app` starts one, "
+            "as does `async with serveit.serve(app)`"
         ) from None
 
 
-async def ask(method: Any, *args: Any, timeout_s: float | None = CONTROL_S) -> Any:
-    """What the controller answers.
+async def ask(controller: Any, method: str, *args: Any, timeout_s: float | None = CONTROL_S) -> Any:
+    """What the controller answers. If it dies meanwhile, the one that Ray starts in its place is asked: all
+    that can be asked of it can be asked twice.
 
     Args:
-        method: of its actor.
+        controller: its actor.
+        method: of that.
         args: for it.
-        timeout_s: what it gets; None for as long as it takes.
+        timeout_s: what it gets; None for as long as it takes, if only it shows that it lives.
 
     Raises:
         NotServing: it is gone, or says nothing for so long, or Ray has been shut down.
         Exception: what it refuses the request with.
     """
-    if not ray.is_initialized():  # or Ray would start itself anew
-        raise NotServing("Ray has been shut down in this process, and the app's client with it")
+    lost_at: float | None = None
+    while True:
+        if not ray.is_initialized():  # or Ray would start itself anew
+            raise NotServing("Ray has been shut down in this process, and the app's client with it")
+        began = time.monotonic()
+        try:
+            return await _answer(controller, getattr(controller, method).remote(*args), timeout_s)
+        except TimeoutError:
+            silent_s = CONTROL_S if timeout_s is None else timeout_s
+            raise NotServing(
+                f"the controller has not answered for {silent_s:g} s", executed="maybe"
+            ) from None
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        except ray.exceptions.ActorUnavailableError as error:
+            now = time.monotonic()
+            if lost_at is None or now - began > RESTART_S:
+                lost_at = now
+            if now - lost_at > RESTART_S:
+                raise NotServing(f"{GONE} ({type(error).__name__})", executed="maybe") from None
+            await asyncio.sleep(LOOK_S)
+        except ray.exceptions.RayActorError as error:
+            raise NotServing(f"{GONE} ({type(error).__name__})", executed="maybe") from None
+
+
+async def _answer(controller: Any, ref: Any, timeout_s: float | None) -> Any:
+    """Raises TimeoutError; without a limit, where the controller does not say either that it is there."""
+    if timeout_s is not None:
+        return await asyncio.wait_for(ref, timeout_s)
+    waiting = asyncio.ensure_future(_result(ref))
     try:
-        return await asyncio.wait_for(method.remote(*args), timeout_s)
-    except TimeoutError:
-        raise NotServing(f"the controller has not answered for {timeout_s:g} s") from None
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from None
-    except ray.exceptions.RayActorError as error:
-        raise NotServing(f"{GONE} ({type(error).__name__})", executed="maybe") from None
+        while not (await asyncio.wait((waiting,), timeout=CONTROL_S))[0]:
+            await asyncio.wait_for(controller.is_there.remote(), CONTROL_S)
+        return waiting.result()
+    finally:
+        waiting.cancel()
+
+
+async def _result(ref: Any) -> Any:
+    return await ref
 
 
 async def join(controller: Any, timeout_s: float = CONTROL_S) -> Joined:
     """What the controller tells those who take part. Raises NotServing as `ask` does."""
-    return msgspec.msgpack.decode(await ask(controller.join, timeout_s=timeout_s), type=Joined)
+    return msgspec.msgpack.decode(await ask(controller, "join", timeout_s=timeout_s), type=Joined)
 
 
 class Line:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,57 +14,107 @@ import ray
 from serveit.cluster.actors import Actor
 from serveit.cluster.launching import RayLauncher, actor_options, end_actors, remote_class
 from serveit.cluster.session import node_address
+from serveit.cluster.store import RayStore
 from serveit.control.controller import Controller
-from serveit.control.orders import CONTROLLER, Joined, Place, ProxyOrder, encode, place_text
+from serveit.control.orders import (
+    CONTROLLER,
+    Deployed,
+    DeployFailed,
+    Deploying,
+    Joined,
+    Place,
+    ProxyOrder,
+    encode,
+    place_text,
+)
 from serveit.control.spec import AppSpec
 from serveit.logs import configure
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
+    from serveit.control.checkpoint import Checkpoint
     from serveit.wire.channel import Channel, Listening
     from serveit.wire.link import Receiver
+
+logger = logging.getLogger("serveit.controller")
 
 NUM_WATCHERS = 10_000
 """Calls that a controller has to take at once: each watcher has one pending."""
 LAST_WORDS_S = 0.1
+AGAIN_S = 1.0
+"""Before the end of a controller that cannot begin: Ray starts the next one at once."""
 OWNER_GRACE_S = 2.0
 """What a driver whose connection broke gets to come back."""
 
 
 class ControllerActor(Actor):
-    """The process of the controller."""
+    """The process of the controller. Ray starts it anew when it dies, and it goes on from its checkpoint."""
 
     def __init__(self, folder: str, over_tcp: bool, log_level: str) -> None:
         configure(log_level)
-        self._secret = os.urandom(32)
         self._over_tcp = over_tcp
         self._folder = folder
         self._controller = Controller(
-            RayLauncher(), folder=folder, secret=self._secret, over_tcp=over_tcp, log_level=log_level
+            RayLauncher(), RayStore(), folder=folder, over_tcp=over_tcp, log_level=log_level
         )
         self._lines: str = ""
         self._doors: list[Listening] = []
-        self._opening = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+        loop = asyncio.get_running_loop()
+        self._opening = loop.create_task(self._open())
+        self._beginning = loop.create_task(self._begin())
+
+    async def _begin(self) -> None:
+        """Take over what a controller before this one has left, before anything is answered."""
+        try:
+            kept = await self._opening
+            await self._controller.take_over(kept)
+        except ValueError:
+            raise  # no controller of this version can read it: whoever asks is told so
+        except Exception:
+            logger.exception("the controller cannot begin: Ray starts another")
+            await asyncio.sleep(AGAIN_S)
+            os._exit(1)
+        if kept is not None:
+            self._run(self._await_owners(kept))
+
+    async def _await_owners(self, kept: Checkpoint) -> None:
+        await self._controller.await_owners(kept)
+        if kept.ending:
+            await self._end()
+        else:
+            await self._end_if_empty()
+
+    def _run(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _begun(self) -> Controller:
+        await asyncio.shield(self._beginning)
+        return self._controller
+
+    async def is_there(self) -> None:
+        """Returns at once: whoever waits for something else may go on waiting."""
 
     async def join(self) -> bytes:
         """What a process needs to take part: an encoded Joined. Raises NotServing where this is ending."""
+        await asyncio.shield(self._opening)
         self._controller.check_open()
-        async with self._opening:
-            if not self._lines:
-                end_actors()
-                self._lines = await self._open()
-        return encode(Joined(self._secret, self._lines))
+        return encode(Joined(self._controller.secret, self._lines))
 
-    async def _open(self) -> str:
-        """Listen for those whose end is to be known."""
+    async def _open(self) -> Checkpoint | None:
+        """Listen for those whose end is to be known; what there is to go on from."""
         from serveit.wire.channel import listen
+
+        kept = await self._controller.restore()
 
         def accept(channel: Channel) -> Receiver:
             member, owner = (str(channel.peer.extra.get(key, "")) for key in ("member", "owner"))
             if member:
                 return End(partial(self.forget, member))
-            self._controller.owner_joined(owner)
+            self._controller.owners.joined(owner)
             return End(partial(self._owner_lost, owner))
 
         unix = f"unix:{self._folder}/controller-{os.getpid()}.sock"
@@ -72,64 +123,104 @@ class ControllerActor(Actor):
         tcp = ""
         if self._over_tcp:
             address = f"tcp:{node_address()}:0"
-            self._doors.append(await listen(address, accept, role="controller", secret=self._secret))
+            secret = self._controller.secret
+            self._doors.append(await listen(address, accept, role="controller", secret=secret))
             tcp = self._doors[-1].address
-        return place_text(Place(ray.get_runtime_context().get_node_id(), unix, tcp))
+        self._lines = place_text(Place(ray.get_runtime_context().get_node_id(), unix, tcp))
+        return kept
 
     async def deploy(self, spec: bytes) -> int:
-        return self._controller.deploy(msgspec.msgpack.decode(spec, type=AppSpec))
+        controller = await self._begun()
+        wanted = msgspec.msgpack.decode(spec, type=AppSpec)
+        version = await controller.deploy(wanted)
+        self._run(self._see_to(wanted, version))
+        return version
 
-    async def deployed(self, name: str, version: int) -> bytes:
-        return encode(await self._controller.deployed(name, version))
+    async def _see_to(self, spec: AppSpec, version: int) -> None:
+        """A deploy whose driver is gone ends; so does an instance that was started for one that failed."""
+        if spec.owner:
+            await self._controller.owners.await_one(spec.owner)
+        if isinstance(await self._controller.outcomes.deployed(spec.name, version), DeployFailed):
+            await self._controller.last_ended()
+            await self._end_if_empty()
 
-    async def scale(self, name: str, backend: str, num_replicas: int) -> bytes:
-        self._controller.scale(name, backend, num_replicas)
-        return encode(await self._controller.settled(name))
+    async def deployed(self, name: str, version: int, seen: bytes) -> bytes:
+        """What became of a deploy, or how far it is: an encoded Deployed, DeployFailed or Deploying."""
+        controller = await self._begun()
+        last = msgspec.msgpack.decode(seen, type=Deploying) if seen else None
+        return encode(await controller.outcomes.progressed(name, version, last))
+
+    async def scale(self, name: str, backend: str, num_replicas: int, wait: bool) -> bytes:
+        controller = await self._begun()
+        await controller.scale(name, backend, num_replicas)
+        return encode(await controller.settled(name) if wait else Deployed(controller.snapshot.version))
 
     async def reroute(self, name: str, endpoint: str, weights: list[Any], shadows: list[Any]) -> None:
-        self._controller.reroute(name, endpoint, weights, shadows)
-        await self._controller.acknowledged(self._controller.snapshot.version)
+        controller = await self._begun()
+        await controller.reroute(name, endpoint, weights, shadows)
+        await controller.acknowledged(controller.snapshot.version)
 
     async def http(self, options: bytes | None, order: bytes | None) -> bytes:
         wanted = msgspec.msgpack.decode(order, type=ProxyOrder) if order is not None else None
-        return encode(await self._controller.http(options, wanted))
+        return encode(await (await self._begun()).http(options, wanted))
 
     async def watch(self, member: str, version: tuple[int, int]) -> bytes:
-        return encode(await self._controller.watch(member, (version[0], version[1])))
+        return encode(await (await self._begun()).watch(member, (version[0], version[1])))
 
     async def forget(self, member: str) -> None:
         self._controller.forget(member)
 
     async def describe(self, name: str) -> bytes:
-        return encode(self._controller.describe(name))
+        return encode((await self._begun()).describe(name))
 
-    async def status(self, name: str) -> bytes:
-        return encode(await self._controller.status(name))
+    async def specs(self) -> bytes:
+        return encode((await self._begun()).specs)
+
+    async def status(self, name: str | None) -> bytes:
+        """Of one app, or of the whole instance."""
+        controller = await self._begun()
+        if name is not None:
+            return encode(await controller.status(name))
+        told = await controller.overview()
+        return encode({"controller": {"pid": os.getpid(), "epoch": told.pop("epoch")}, **told})
 
     async def url(self) -> str | None:
-        return self._controller.url
+        return (await self._begun()).url
 
     async def delete(self, name: str, owner: str | None) -> None:
         """End an app; with the last one ends the instance."""
-        await self._controller.delete(name, owner)
+        controller = await self._begun()
+        await controller.delete(name, owner)
         if owner is not None:
-            self._controller.owner_left(owner)
+            controller.owners.left(owner)
         await self._end_if_empty()
 
     async def shutdown(self) -> None:
-        await self._controller.shutdown()
+        """End all apps, and then this process: drivers that find it gone know what that means."""
+        try:
+            controller = await self._begun()
+        except ValueError:  # what cannot be read can be ended
+            await asyncio.to_thread(end_actors)
+            await RayStore().clear()
+        else:
+            await controller.shutdown()
+        await self._end()
 
     async def _owner_lost(self, owner: str) -> None:
-        await self._controller.owner_lost(owner, OWNER_GRACE_S)
+        await self._controller.owners.lost(owner, OWNER_GRACE_S)
+        await self._controller.last_ended()
         await self._end_if_empty()
 
     async def _end_if_empty(self) -> None:
         if self._controller.is_empty:
             await self._controller.shutdown()
-            for door in self._doors:
-                await door.aclose()
-            # Not at once: whoever has asked for this gets an answer.
-            asyncio.get_running_loop().call_later(LAST_WORDS_S, _die)
+            await self._end()
+
+    async def _end(self) -> None:
+        for door in self._doors:
+            await door.aclose()
+        # Not at once: whoever has asked for this gets an answer.
+        asyncio.get_running_loop().call_later(LAST_WORDS_S, _die)
 
 
 def _die() -> None:
@@ -154,6 +245,11 @@ class End:
 def start_controller(folder: str, over_tcp: bool, log_level: str) -> Any:
     """The controller's actor, made if there is none yet."""
     options = actor_options(
-        CONTROLLER, num_cpus=0, get_if_exists=True, max_concurrency=NUM_WATCHERS, on_head=True
+        CONTROLLER,
+        num_cpus=0,
+        get_if_exists=True,
+        max_concurrency=NUM_WATCHERS,
+        max_restarts=-1,
+        on_head=True,
     )
     return remote_class(ControllerActor).options(**options).remote(folder, over_tcp, log_level)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import gc
 import logging
 import os
@@ -21,9 +22,9 @@ from serveit.cluster.objects import install
 from serveit.cluster.session import node_address
 from serveit.cluster.shipping import Shipment, find, unpack
 from serveit.cluster.watch import Watch
-from serveit.config import HTTP_QUEUE, HTTPOptions
+from serveit.config import HTTP_QUEUE, NODE_HOST, HTTPOptions
 from serveit.context import serving
-from serveit.control.orders import Place, ProxyOrder, ReplicaOrder, Started, StartFailed, place_text
+from serveit.control.orders import Leaving, Place, ProxyOrder, ReplicaOrder, Started, StartFailed, place_text
 from serveit.exceptions import ServeitError
 from serveit.logs import configure
 from serveit.running.failures import failure_of
@@ -50,17 +51,31 @@ PROXY_ROLE, REPLICA_ROLE = "proxy", "replica"
 
 
 class ReplicaHost:
-    """One replica and the channels of its callers."""
+    """One replica and the channels of its callers.
+
+    All mutable state: `_starting` and `_closing` (the tasks, kept for what they give), `_runs` (the user's
+    object is there), `_is_leaving` (it is about to close), `has_run_tasks`, and what `start` makes.
+    """
 
     def __init__(self, order: ReplicaOrder, node: str) -> None:
         self._order = order
         self._node = node
         self.has_run_tasks = False
+        self._starting: asyncio.Task[Started | StartFailed] | None = None
+        self._closing: asyncio.Task[None] | None = None
+        self._runs = self._is_leaving = False
         self._exit = contextlib.AsyncExitStack()
         self._doors: list[Listening] = []
 
-    async def start(self) -> Started | StartFailed:
-        """Load the user's code, construct the backend, listen."""
+    async def start(self) -> Started | StartFailed | Leaving:
+        """Load the user's code, construct the backend, listen. Who asks again is told what became of it."""
+        if self._closing is not None or self._is_leaving:
+            return Leaving()
+        if self._starting is None:
+            self._starting = asyncio.get_running_loop().create_task(self._start())
+        return await asyncio.shield(self._starting)
+
+    async def _start(self) -> Started | StartFailed:
         order = self._order
         configure(order.log_level)
         try:
@@ -89,6 +104,7 @@ class ReplicaHost:
         self._bindings = Bindings(backend)
         self._bindings.prepare()
         await self.replica.start()
+        self._runs = True
         watchdog = Watchdog()
         watchdog.start(loop)
         self._exit.callback(watchdog.stop)
@@ -115,11 +131,24 @@ class ReplicaHost:
         """Wait until nothing runs, at most so long."""
         await self.replica.idle(timeout_s)
 
-    async def aclose(self, timeout_s: float) -> None:
-        """Take nothing new, let what runs end, close the user's object and the channels."""
+    def leave(self, otherwise_s: float) -> float:
+        """Take nothing new; what the requests that run may take at most, those without a deadline so long."""
+        self._is_leaving = True
         self._say_goaway()
-        await self.replica.drain(timeout_s)
-        await self.replica.aclose()
+        self.replica.close_doors()
+        return self.replica.longest_s(otherwise_s)
+
+    async def aclose(self, timeout_s: float) -> None:
+        """Take nothing new, let what runs end, close the user's object and the channels. Once is enough."""
+        if self._closing is None:
+            self._closing = asyncio.get_running_loop().create_task(self._close(timeout_s))
+        await asyncio.shield(self._closing)
+
+    async def _close(self, timeout_s: float) -> None:
+        if self._runs:
+            self._say_goaway()
+            await self.replica.drain(timeout_s)
+            await self.replica.aclose()
         for door in self._doors:
             await door.aclose()
         await self._exit.aclose()
@@ -143,16 +172,29 @@ class ReplicaHost:
 
 
 class ProxyHost:
-    """One HTTP server, fed by a watch."""
+    """One HTTP server, fed by a watch.
+
+    All mutable state: `_starting` (the task, kept for what it gives), `_proxy` and `_watch` (once there),
+    `_closed`.
+    """
 
     def __init__(self, order: ProxyOrder, controller: Any) -> None:
         self._order = order
         self._controller = controller
+        self._starting: asyncio.Task[Started | StartFailed] | None = None
         self._proxy: Proxy | None = None
         self._watch: Watch | None = None
+        self._closed = False
 
     async def start(self) -> Started | StartFailed:
-        """Listen, and answer by the snapshots from then on."""
+        """Listen, and answer by the snapshots from then on. Who asks again is told what became of it."""
+        if self._closed:
+            return StartFailed(b"", where="the HTTP server: it is being stopped")
+        if self._starting is None:
+            self._starting = asyncio.get_running_loop().create_task(self._start())
+        return await asyncio.shield(self._starting)
+
+    async def _start(self) -> Started | StartFailed:
         from serveit.web.ingress import Ingress
         from serveit.web.proxy import Proxy
 
@@ -160,6 +202,8 @@ class ProxyHost:
         sys.path[:0] = [path for path in self._order.paths if path not in sys.path]
         try:
             options = HTTPOptions(**msgspec.json.decode(self._order.options))
+            if options.host == NODE_HOST:
+                options = dataclasses.replace(options, host=node_address())
             watch = Watch(
                 self._controller,
                 member=self._order.id,
@@ -182,6 +226,7 @@ class ProxyHost:
         self._ingress.update(snapshot)
 
     async def aclose(self, timeout_s: float) -> None:
+        self._closed = True
         if self._proxy is not None:
             self._ingress.ready = False
             await self._proxy.aclose(timeout_s)

@@ -15,6 +15,7 @@ from serveit.cluster.actors import CONTROL_GROUP, ProxyActor, ReplicaActor
 from serveit.control.orders import (
     CONTROLLER,
     NAMESPACE,
+    Leaving,
     ProxyOrder,
     ReplicaOrder,
     Started,
@@ -22,7 +23,7 @@ from serveit.control.orders import (
     decode_outcome,
     encode,
 )
-from serveit.control.processes import ProcessDied
+from serveit.control.processes import Node, ProcessDied
 
 if TYPE_CHECKING:
     from serveit.control.processes import Process
@@ -36,13 +37,22 @@ KILL_S = 5.0
 """What a drain may take beyond its time until its process is killed."""
 STATUS_S = 1.0
 END_S = 0.05
+AGAIN_S = 0.5
+"""Until a process that cannot be reached just now is asked again."""
 
 
 class RayProcess:
     """A process of the instance that is a Ray actor."""
 
-    def __init__(self, actor: Any, order: ReplicaOrder | ProxyOrder) -> None:
+    def __init__(self, actor: Any, name: str, order: ReplicaOrder | ProxyOrder | None = None) -> None:
+        """
+        Args:
+            actor: its handle.
+            name: for messages.
+            order: what it is to become; None for one that is only to be ended.
+        """
         self._actor = actor
+        self._name = name
         self._order = order
         self._end = actor.end.remote()
 
@@ -52,11 +62,15 @@ class RayProcess:
         except ray.exceptions.RayActorError as error:
             raise ProcessDied(_how(error)) from error
 
-    async def start(self) -> Started | StartFailed:
-        try:
-            return decode_outcome(await self._actor.start.remote(encode(self._order)))
-        except ray.exceptions.RayActorError as error:
-            raise ProcessDied(_how(error)) from error
+    async def start(self) -> Started | StartFailed | Leaving:
+        assert self._order is not None, "what is only to be ended is not started"
+        while True:
+            try:
+                return decode_outcome(await self._actor.start.remote(encode(self._order)))
+            except (ray.exceptions.RayActorError, ray.exceptions.ActorUnschedulableError) as error:
+                if not isinstance(error, ray.exceptions.ActorUnavailableError):
+                    raise ProcessDied(_how(error)) from error
+            await asyncio.sleep(AGAIN_S)  # it may be alive, and says the same however often it is asked
 
     async def status(self) -> dict[str, Any]:
         try:
@@ -72,9 +86,9 @@ class RayProcess:
                 await self._end
                 await asyncio.sleep(END_S)  # it has left, and is about to end
             except ray.exceptions.ActorUnavailableError:
-                await asyncio.sleep(0.5)  # it may be alive: ask again
+                await asyncio.sleep(AGAIN_S)  # it may be alive: ask again
                 self._end = self._actor.end.remote()
-            except ray.exceptions.RayActorError as error:
+            except (ray.exceptions.RayActorError, ray.exceptions.ActorUnschedulableError) as error:
                 return _how(error)
 
     async def idle(self, timeout_s: float) -> None:
@@ -82,16 +96,19 @@ class RayProcess:
             async with asyncio.timeout(timeout_s + KILL_S):
                 await self._actor.idle.remote(timeout_s)
 
-    async def stop(self, drain_s: float) -> None:
+    async def stop(self, drain_s: float, *, to_deadlines: bool = False) -> None:
         try:
+            if to_deadlines:
+                async with asyncio.timeout(drain_s + KILL_S):
+                    drain_s = await self._actor.close_doors.remote(drain_s)
             async with asyncio.timeout(drain_s + KILL_S):
                 may_owe = await self._actor.drain.remote(drain_s)
             if may_owe:
                 await self._leave()
         except TimeoutError:
-            logger.warning("%s does not end in its time: killing it", self._order.id)
+            logger.warning("%s does not end in its time: killing it", self._name)
         except ray.exceptions.RayError as error:
-            logger.debug("%s was gone already: %s", self._order.id, error)
+            logger.debug("%s was gone already: %s", self._name, error)
         self.kill()
         await self.death()
 
@@ -108,17 +125,76 @@ class RayProcess:
             ray.kill(self._actor, no_restart=True)
 
 
+class GoneProcess:
+    """One that ended before it could be adopted."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    async def placed(self) -> None:
+        raise ProcessDied(await self.death())
+
+    async def start(self) -> Started | StartFailed:
+        raise ProcessDied(await self.death())
+
+    async def status(self) -> dict[str, Any]:
+        return {}
+
+    async def idle(self, timeout_s: float) -> None:
+        """It runs nothing."""
+
+    async def death(self) -> str:
+        return f"{self._name} is gone"
+
+    async def stop(self, drain_s: float, *, to_deadlines: bool = False) -> None:
+        """It is gone."""
+
+    def kill(self) -> None:
+        """It is gone."""
+
+
 class RayLauncher:
     """Makes processes that are detached, named actors."""
 
-    def replica(self, order: ReplicaOrder, max_ongoing: int) -> Process:
-        calls = max(LEAST_CALLS, 2 * max_ongoing)
-        options = actor_options(order.actor, max_concurrency=calls)
-        return RayProcess(remote_class(ReplicaActor).options(**options).remote(), order)
+    def replica(self, order: ReplicaOrder) -> Process:
+        calls = max(LEAST_CALLS, 2 * order.max_ongoing)
+        asked = order.actor_options
+        if asked:
+            asked = {"num_cpus": 0, **asked}
+        options = actor_options(order.actor, max_concurrency=calls, **asked)
+        return RayProcess(remote_class(ReplicaActor).options(**options).remote(), order.id, order)
 
     def proxy(self, order: ProxyOrder) -> Process:
-        options = actor_options(order.id, num_cpus=0, on_head=True, max_concurrency=LEAST_CALLS)
-        return RayProcess(remote_class(ProxyActor).options(**options).remote(), order)
+        there = NodeAffinitySchedulingStrategy(order.node, soft=False)
+        options = actor_options(order.id, num_cpus=0, scheduling_strategy=there, max_concurrency=LEAST_CALLS)
+        return RayProcess(remote_class(ProxyActor).options(**options).remote(), order.id, order)
+
+    def adopt(self, order: ReplicaOrder | ProxyOrder) -> Process:
+        name = order.actor if isinstance(order, ReplicaOrder) else order.id
+        try:
+            return RayProcess(ray.get_actor(name, namespace=NAMESPACE), order.id, order)
+        except ValueError:
+            return GoneProcess(name)
+
+    def stray(self, name: str) -> Process:
+        try:
+            return RayProcess(ray.get_actor(name, namespace=NAMESPACE), name)
+        except ValueError:
+            return GoneProcess(name)
+
+    async def running(self) -> list[str]:
+        return await asyncio.to_thread(_actor_names)
+
+    async def lacking(self, order: ReplicaOrder) -> str:
+        asked = order.actor_options
+        resources = {"CPU": asked.get("num_cpus", 0 if asked else 1), "GPU": asked.get("num_gpus", 0)}
+        resources |= {"memory": asked.get("memory", 0), **asked.get("resources", {})}
+        wanted = {name: float(amount) for name, amount in resources.items() if amount}
+        return await asyncio.to_thread(_lacking, wanted)
+
+    async def nodes(self) -> list[Node]:
+        # Asked for in a thread, again and again: Ray tells nobody of nodes in public by itself.
+        return await asyncio.to_thread(_alive_nodes)
 
 
 def remote_class(kind: type[Any]) -> Any:
@@ -133,20 +209,54 @@ def actor_options(name: str, *, on_head: bool = False, **more: Any) -> dict[str,
     return options
 
 
+def _actor_names() -> list[str]:
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    return [
+        actor["name"] for actor in actors if actor["namespace"] == NAMESPACE and actor["name"] != CONTROLLER
+    ]
+
+
+def _lacking(wanted: dict[str, float]) -> str:
+    """Which of these no node has free, in a line; empty if one has them all."""
+    free_by_node = _free_by_node()
+    if any(all(free.get(name, 0) >= amount for name, amount in wanted.items()) for free in free_by_node):
+        return ""
+    texts = []
+    for name, amount in wanted.items():
+        most = max((free.get(name, 0) for free in free_by_node), default=0)
+        where = "free" if len(free_by_node) == 1 else "free on one node"
+        texts.append(f"{amount:g} {name}, {most:g} {where}")
+    return f"needs {' and '.join(texts)}"
+
+
+def _free_by_node() -> list[dict[str, float]]:
+    # Private, but the only one that tells nodes apart: four nodes with one CPU each are no four CPUs.
+    from ray._private.state import available_resources_per_node
+
+    per_node: Any = available_resources_per_node
+    return list(per_node().values())
+
+
 def head_node() -> str:
     """The id of the head node."""
-    nodes: Any = ray.nodes  # typed by nobody
-    for node in nodes():
-        if node["Alive"] and "node:__internal_head__" in node["Resources"]:
-            return str(node["NodeID"])
-    return str(ray.get_runtime_context().get_node_id())
+    return next(node.id for node in _alive_nodes() if node.is_head)
+
+
+def _alive_nodes() -> list[Node]:
+    """Those of the cluster; one of them is the head: this process's, if Ray does not say which it is."""
+    list_nodes: Any = ray.nodes  # typed by nobody
+    alive = [node for node in list_nodes() if node["Alive"]]
+    heads = [node["NodeID"] for node in alive if "node:__internal_head__" in node["Resources"]]
+    head = heads[0] if heads else ray.get_runtime_context().get_node_id()
+    return [Node(node["NodeID"], node["NodeManagerAddress"], node["NodeID"] == head) for node in alive]
 
 
 def _how(error: BaseException) -> str:
     """The telling line of what Ray says of a death."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = [line for line in lines if "exit" in line.lower() or "cause" in line.lower()]
-    return (told or lines or [type(error).__name__])[0]
+    telling = (told or lines or [type(error).__name__])[0]
+    return telling.partition(" Some common causes include")[0]
 
 
 def end_actors(app: str = "") -> None:
@@ -155,8 +265,7 @@ def end_actors(app: str = "") -> None:
     Args:
         app: its name; empty for all apps.
     """
-    actors = ray.util.list_named_actors(all_namespaces=True)
-    names = {actor["name"] for actor in actors if actor["namespace"] == NAMESPACE} - {CONTROLLER}
+    names = set(_actor_names())
     going = {name for name in names if name.startswith(f"{app}/" if app else "")}
     if not any("/" in name for name in names - going):
         going = names

@@ -1,7 +1,7 @@
 """What travels to a replica: a reference to the app wherever it can be imported, by value only where not.
 
-`pack` runs in the driver, when it deploys; `unpack` in the replica's process, before anything else
-of the user's.
+`pack` runs in the driver, when it deploys, or in a process that it starts for that, and which need not
+load Ray; `unpack` in the replica's process, before anything else of the user's.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ import msgspec
 
 from serveit.cluster.references import References, backend_of, holds_no, import_module, is_installed
 from serveit.config import did_you_mean
+from serveit.control.orders import encode
+from serveit.control.spec import app_spec
 from serveit.declare.app import App
 from serveit.exceptions import ImportFailed
 
 if TYPE_CHECKING:
+    from serveit.control.spec import AppSpec
     from serveit.declare.backend import BackendRecord
 
 
@@ -69,6 +72,14 @@ def pack(app: App) -> Shipment:
         modules=() if held is None else references.others(app, held.module),
         declared=_declared(app),
     )
+
+
+def spec_of(
+    app: App, *, name: str, prefix: str = "", owner: str = "", deploy_timeout_s: float = 60.0
+) -> AppSpec:
+    """What the controller is told of an app; see `app_spec`, and `pack` for what it raises."""
+    code = encode(pack(app))
+    return app_spec(app, name=name, prefix=prefix, code=code, owner=owner, deploy_timeout_s=deploy_timeout_s)
 
 
 def unpack(shipment: Shipment) -> App:

@@ -43,7 +43,7 @@ class Watch:
     """What one event loop knows of an instance.
 
     All mutable state: `directories` (by app), `version` (of the snapshot taken in), `_infos` (its apps),
-    `_news` (set when there is a later one).
+    `_unreachable` (replicas that could not be reached), `_news` (set when there is a later snapshot).
     """
 
     def __init__(
@@ -80,6 +80,7 @@ class Watch:
         self._wheel = DeadlineWheel(self.clock)
         self._node = ray.get_runtime_context().get_node_id()
         self._infos: dict[str, AppInfo] = {}
+        self._unreachable: set[str] = set()
         self._news = asyncio.Event()
         self._following: asyncio.Task[None] | None = None
 
@@ -153,7 +154,7 @@ class Watch:
                 logger.warning("the controller is gone; what is known of the app stays")
                 await self._find_another()
             except ray.exceptions.RayError as error:
-                logger.warning("the controller does not answer: %s", error)
+                logger.warning("the controller does not answer (%s): it is asked again", type(error).__name__)
                 await asyncio.sleep(RETRY_S)
             finally:
                 call.cancel()
@@ -209,6 +210,17 @@ class Watch:
         )
 
     async def _connect(self, info: ReplicaInfo, receiver: Receiver) -> Link:
+        try:
+            link = await self._connected(info, receiver)
+        except OSError as error:
+            if info.id not in self._unreachable:  # once is enough: it is tried again and again
+                logger.warning("replica %s cannot be reached: %s", info.id, error)
+                self._unreachable.add(info.id)
+            raise
+        self._unreachable.discard(info.id)
+        return link
+
+    async def _connected(self, info: ReplicaInfo, receiver: Receiver) -> Link:
         place = parse_place(info.address)
         if place.node == self._node:
             return await connect(place.unix, receiver, role=self._role)
