@@ -13,7 +13,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 TIMEOUT_S = 30.0
@@ -67,7 +67,13 @@ class Talking:
 class Command(Talking):
     """A running command."""
 
-    def __init__(self, arguments: Sequence[str], folder: Path, preexec: Callable[[], None] | None) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        folder: Path,
+        preexec: Callable[[], None] | None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.started = time.monotonic()
         super().__init__(
             subprocess.Popen(
@@ -76,7 +82,7 @@ class Command(Talking):
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
-                env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+                env={**(os.environ if environment is None else environment), "PYTHONDONTWRITEBYTECODE": "1"},
                 start_new_session=True,
                 preexec_fn=preexec,
             )
@@ -109,9 +115,14 @@ class Command(Talking):
 
 
 @contextlib.contextmanager
-def serveit(*arguments: str, folder: Path, preexec: Callable[[], None] | None = None) -> Iterator[Command]:
+def serveit(
+    *arguments: str,
+    folder: Path,
+    preexec: Callable[[], None] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[Command]:
     """`python -m serveit ...`, killed in the end if it still runs."""
-    command = Command(arguments, folder, preexec)
+    command = Command(arguments, folder, preexec, environment)
     try:
         yield command
     finally:

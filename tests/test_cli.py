@@ -6,6 +6,8 @@ import contextlib
 import os
 import signal
 import statistics
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,12 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 from click.testing import CliRunner, Result
 
-from serveit import App, HTTPOptions, cli
-from serveit.exceptions import RemoteTraceback
+from serveit import App, HTTPOptions
+from serveit.command import cli, running
 from serveit.web.proxy import bind
 from tests.commands import fetch, serveit
 
@@ -121,10 +122,20 @@ def test_a_shell_s_background_command(folder: Path, number: int) -> None:
         assert command.stop(number) == 0
 
 
-def test_without_http(folder: Path) -> None:
-    with serveit("run", "hello_app", "--local", "--http-location", "NoServer", folder=folder) as command:
-        command.wait_for("^serving without HTTP")
+def test_a_name_and_a_prefix(folder: Path) -> None:
+    named = ("--name", "greeting", "--prefix", "/api")
+    with serveit("run", "hello_app", *LOCAL, *named, folder=folder) as command:
+        assert fetch(f"{command.url()}/api/hello/you") == "Hello, you!"
         assert command.stop() == 0
+    assert command.lines[1:] == ["  /api/hello/<name>  GET,HEAD  hello"]
+    assert "prefix must start with '/'" in refused(folder, "hello_app", *LOCAL, "--prefix", "api", code=2)
+
+
+def test_without_http(folder: Path) -> None:
+    for option in (("--http-location", "NoServer"), ("--no-http",)):
+        with serveit("run", "hello_app", "--local", *option, folder=folder) as command:
+            command.wait_for("^serving without HTTP")
+            assert command.stop() == 0
 
 
 def test_the_access_log_and_debug(folder: Path) -> None:
@@ -156,6 +167,8 @@ def test_it_answers_within_a_second() -> None:
         ("hello_app:hello", "Error: 'hello_app:hello' is of type Backend, not App: there is hello_app:app"),
         ("two", "Error: 'two' does not say which App: there is two:one, two:two"),
         ("nowhere:app", "Error: there is no module 'nowhere' (looked in "),
+        ("hello_app.app", "Error: there is no module 'hello_app.app' (looked in "),
+        ("hello_app/app", "Error: there is no file 'hello_app/app' (looked in "),
         ("nowhere.py", "Error: there is no file 'nowhere.py'"),
         ("empty:app", "Error: the app in empty:app has nothing to serve: put @app.route"),
         ("late", "Error: there is no module 'nowhere'"),
@@ -167,10 +180,22 @@ def test_a_mistake_in_the_target(folder: Path, target: str, said: str) -> None:
 
 
 def test_what_is_for_ray_and_what_for_one_process(folder: Path) -> None:
-    text = refused(folder, "hello_app", "--reload", code=2)
-    assert text.splitlines()[-1] == "Error: --reload needs --local: on Ray this version does not reload"
     text = refused(folder, "hello_app", "--local", "--address", "auto", code=2)
     assert text.splitlines()[-1].startswith("Error: --address is for Ray, and --local does without")
+
+
+def test_the_help_lists_commands_and_exit_codes() -> None:
+    shown = " ".join(CliRunner().invoke(cli.main, ["--help"]).output.split())
+    for name in ("run", "deploy", "status", "routes", "scale", "traffic", "delete", "shutdown"):
+        assert f" {name} " in shown
+    assert "Exit codes: 0 done; 1 what was asked failed" in shown and "130 Ctrl-C" in shown
+
+
+def test_the_command_is_light() -> None:
+    """What all commands wait for, and `--help` with them."""
+    code = "import serveit.command.cli, sys; print(*sys.modules, sep='\\n')"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {*loaded.stdout.split()} & {"ray", "rich", "uvicorn", "anyio", "watchfiles", "serveit.cluster"}
 
 
 def test_usage(folder: Path) -> None:
@@ -241,6 +266,13 @@ def test_a_signal_before_it_serves(folder: Path, target: str, number: int) -> No
         asked = time.monotonic()
         assert command.stop(number) == 0
         assert time.monotonic() - asked < 5
+
+
+def test_a_signal_before_a_deploy(folder: Path) -> None:
+    with serveit("deploy", "importing", folder=folder) as command:
+        command.wait_for("^importing$")
+        assert command.stop() == 130
+        assert command.lines == ["importing"]
 
 
 def ask_without_waiting(url: str) -> Any:
@@ -360,39 +392,6 @@ def asked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result
     return ask
 
 
-def test_what_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    app = App()
-
-    @app.backend(num_replicas=3)
-    def one() -> int:
-        return 1
-
-    app.backend(one.__wrapped__, name="two")  # type: ignore[attr-defined]
-    app.add_route("/both", traffic={"one": 0.75, "two": 0.25})
-    app.add_route("/only", "two", methods=["DELETE"])
-
-    class Served:
-        url = "http://x"
-
-    cli._show(app, Served())  # type: ignore[arg-type]
-    assert capsys.readouterr().out.splitlines() == [
-        "serving http://x  (2 backends, 4 replicas)",
-        "  /both  GET,HEAD  one 75%, two 25%",
-        "  /only  DELETE    two",
-    ]
-
-
-def test_an_app_without_routes_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    app = App()
-    app.backend(test_what_is_shown)
-
-    class Served:
-        url = None
-
-    cli._show(app, Served())  # type: ignore[arg-type]
-    assert capsys.readouterr().out == "serving without HTTP  (1 backend, 1 replica)\n"
-
-
 def test_a_mistake_of_serveit_s_own_keeps_its_traceback(
     asked: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -403,63 +402,25 @@ def test_a_mistake_of_serveit_s_own_keeps_its_traceback(
     assert isinstance(asked("hello_app", *LOCAL).exception, AssertionError)
 
 
-def test_causes_are_shown_as_the_user_s(folder: Path) -> None:
-    try:
-        try:
-            App().add_route("x")
-        except Exception as error:
-            raise ValueError("theirs") from error
-    except ValueError as error:
-        text = cli._users_traceback(error)
-    assert "direct cause" in text and "test_cli.py" in text and "routing.py" not in text
-
-
-def test_a_traceback_from_a_replica_is_shown_as_the_user_s() -> None:
-    own, asyncios = cli.__file__, os.__file__.replace("os.py", "asyncio/tasks.py")
-    error = ValueError("theirs")
-    error.add_note("(while it started)")
-    error.__cause__ = RemoteTraceback(
-        f'Traceback (most recent call last):\n  File "{own}", line 1, in a\n    a()\n'
-        f'  File "{asyncios}", line 1, in b\n    b()\n    ^^^\n'
-        '  File "app.py", line 1, in theirs\n    c()\n'
-        f'  File "{asyncios}", line 1, in d\n    d()\n  File "{own}", line 2, in e\n    e()\n'
-        "KeyError: 1\n\nDuring handling of the above exception, another exception occurred:\n\n"
-        f'Traceback (most recent call last):\n  File "{own}", line 1, in f\n    f()\n'
-        '  File "app.py", line 3, in theirs\nValueError: theirs\nand more\n'
-    )
-    assert cli._users_traceback(error) == (
-        'Traceback (most recent call last):\n  File "app.py", line 1, in theirs\n    c()\n'
-        f'  File "{asyncios}", line 1, in d\n    d()\n'
-        "KeyError: 1\n\nDuring handling of the above exception, another exception occurred:\n\n"
-        'Traceback (most recent call last):\n  File "app.py", line 3, in theirs\n'
-        "ValueError: theirs\nand more\n(while it started)\n"
-    )
-
-
 def test_a_signal_while_importing(asked: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(target: str) -> App:
+    def interrupted(target: str, name: str, prefix: str) -> App:
         signal.raise_signal(signal.SIGTERM)
         raise AssertionError("it went on")
 
-    monkeypatch.setattr(cli, "_load", interrupted)
+    monkeypatch.setattr(cli, "load", interrupted)
     result = asked("hello_app", *LOCAL)
     assert result.exit_code == 0 and not isinstance(result.exception, AssertionError)
-
-
-def test_click_exceptions_are_short() -> None:
-    error = cli._explain(OSError(98, "cannot listen on x"), "nothing", theirs=False)
-    assert isinstance(error, click.ClickException) and error.message == "cannot listen on x"
 
 
 def test_a_thread_that_is_left_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     ends: list[int] = []
     monkeypatch.setattr(os, "_exit", ends.append)
-    cli._leave()
+    running.leave()
     assert ends == []
     release = threading.Event()
     thread = threading.Thread(target=release.wait)
     thread.start()
-    cli._leave()
+    running.leave()
     release.set()
     thread.join()
     assert ends == [0]

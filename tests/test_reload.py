@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -19,27 +18,12 @@ from pathlib import Path
 import click
 import pytest
 
-from serveit import HTTPOptions, reload
+from serveit import HTTPOptions
+from serveit.command import reload
 from serveit.web.proxy import bind
 from tests.commands import Command, fetch, serveit
+from tests.saving import APP, Asking, save, until
 
-APP = """
-import os
-from serveit import App
-app = App()
-
-@app.route("/")
-async def version() -> str:
-    return "{version}"
-
-@app.route("/pid")
-async def pid() -> int:
-    return os.getpid()
-
-@app.route("/die")
-async def die() -> None:
-    os._exit(7)
-"""
 STARTING = "starting the new code"
 
 
@@ -47,13 +31,6 @@ STARTING = "starting the new code"
 def folder(tmp_path: Path) -> Path:
     save(tmp_path, "one")
     return tmp_path
-
-
-def save(folder: Path, version: str) -> None:
-    """As editors do: in one step."""
-    written = folder / "main.tmp"
-    written.write_text(APP.format(version=version) if version.isalpha() else version)
-    written.rename(folder / "main.py")
 
 
 @pytest.fixture
@@ -67,40 +44,6 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
-
-
-def until(predicate: object, what: str, timeout_s: float = 10) -> None:
-    assert callable(predicate)
-    deadline = time.monotonic() + timeout_s
-    while not predicate():
-        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
-        time.sleep(0.01)
-
-
-class Asking:
-    """A client that asks without pause, each time on a connection of its own."""
-
-    def __init__(self, url: str) -> None:
-        self.answers: list[str] = []
-        self._url = url
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._ask)
-
-    def __enter__(self) -> Asking:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end.set()
-        self._thread.join()
-
-    def _ask(self) -> None:
-        while not self._end.is_set():
-            try:
-                with urllib.request.urlopen(self._url, timeout=10) as answer:
-                    self.answers.append(answer.read().decode())
-            except OSError as error:
-                self.answers.append(repr(error))
 
 
 def test_the_new_code_answers_and_nobody_is_refused(folder: Path, command: Command) -> None:
@@ -269,19 +212,6 @@ def test_an_address_in_use() -> None:
         taken.listen()
         with pytest.raises(click.ClickException, match="something listens there already"):
             reload.supervise("main:app", HTTPOptions(port=taken.getsockname()[1]), [])
-
-
-def test_what_is_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    inside, outside = tmp_path / "here" / "inner" / "app.py", tmp_path / "there" / "app.py"
-    for file in (inside, outside):
-        file.parent.mkdir(parents=True)
-        file.touch()
-    here = tmp_path / "here"
-    monkeypatch.chdir(here)
-    assert reload._folders("app:app") == [here]
-    assert reload._folders("inner/app.py:app") == [here]
-    assert reload._folders("../there/app.py") == [here, outside.parent]
-    assert reload._folders("nothing.py") == [here]
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""`--reload`: a parent holds the listening socket, a child serves; a saved file starts the next child.
+"""`--reload --local`: a parent holds the listening socket, a child serves; a saved file starts the next.
 
 The old child goes on until the new one answers, and for good if that one does not come up: no
 request is refused in between, since both accept from the same socket.
@@ -13,17 +13,17 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import watchfiles
 
+from serveit.command.watching import changes, describe, distrust_bytecode, folders
 from serveit.signals import DRAINING_S
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
+    from pathlib import Path
 
     from serveit.config import HTTPOptions
 
@@ -31,8 +31,6 @@ STARTING_S = 5.0
 """How long a child that has not answered yet may take to end before it is killed."""
 MARGIN_S = DRAINING_S + 5.0
 """What a child may take to end beyond what its requests get. It ends itself sooner."""
-LOOK_S = 0.25
-"""How often to look how the children do."""
 
 
 class Child:
@@ -150,17 +148,17 @@ class Supervisor:
         os.close(self._parent_reader)
         os.close(self._parent_writer)
 
-    def follow(self, folders: Sequence[Path]) -> None:
+    def follow(self, watched: Sequence[Path]) -> None:
         """Serve, and start the new code whenever a file changes, until `stop` is set."""
         is_first = True
         try:
-            for changed in _changes(folders, self._stop):
+            for changed in changes(watched, self._stop):
                 if changed and not is_first:
-                    click.echo(f"{', '.join(changed)} changed: starting the new code", err=True)
+                    click.echo(f"{describe(changed)} changed: starting the new code", err=True)
                 self._look()
                 if changed or is_first:  # only now that no change can be missed
                     is_first = False
-                    self._start()
+                    self._start(changed)
         finally:
             for child in self._stop.children:
                 child.stop()
@@ -169,10 +167,11 @@ class Supervisor:
                 child.close()
             self._stop.children.clear()
 
-    def _start(self) -> None:
+    def _start(self, changed: Sequence[Path]) -> None:
         """Start `serveit run` on the socket, in place of one that does not answer yet."""
         if self._starting is not None:
             self._starting.stop()
+        distrust_bytecode(changed)
         reader, writer = os.pipe()
         passed = {"--ready-fd": writer, "--parent-fd": self._parent_reader}
         if self._sock is not None:
@@ -232,40 +231,15 @@ def supervise(target: str, options: HTTPOptions, arguments: Sequence[str]) -> in
         stop = stack.enter_context(Stop())
         supervisor = Supervisor(target, arguments, sock, stop)
         stack.callback(supervisor.close)
-        supervisor.follow(_folders(target))
+        supervisor.follow(folders(target))
     return 0
 
 
 def _bound(options: HTTPOptions) -> socket.socket:
+    """Bound, and not listening before the first child does: until then clients are refused, not kept."""
     from serveit.web.proxy import bind
 
-    """Bound, and not listening before the first child does: until then clients are refused, not kept."""
     try:
         return bind(options)
     except OSError as error:
         raise click.ClickException(error.strerror or str(error)) from None
-
-
-def _folders(target: str) -> list[Path]:
-    """Where the app's code is: the working directory, and a file's own where it is elsewhere."""
-    here = Path.cwd()
-    file = Path(target.partition(":")[0]).resolve()
-    if file.suffix != ".py" or not file.is_file() or here in file.parents:
-        return [here]
-    return [here, file.parent]
-
-
-def _changes(folders: Sequence[Path], stop: Stop) -> Iterator[list[str]]:
-    """Names of Python files as they are saved; every `LOOK_S` an empty list."""
-    watched = watchfiles.watch(
-        *folders,
-        watch_filter=watchfiles.PythonFilter(),
-        stop_event=stop,
-        raise_interrupt=False,
-        debounce=100,
-        step=20,
-        rust_timeout=int(LOOK_S * 1000),
-        yield_on_timeout=True,
-    )
-    for batch in watched:
-        yield sorted({os.path.relpath(path) for _, path in batch})

@@ -1,0 +1,1 @@
+"""The command: `serveit run`, and what is asked of an instance that runs."""
