@@ -82,7 +82,7 @@ def _init() -> Any:
 def _sockets() -> str:
     from serveit.cluster.session import Session
 
-    return Session(embedded=False, joined=False).folder
+    return Session().folder
 
 
 @contextlib.contextmanager

@@ -36,6 +36,11 @@ async def ready(client: Client, backend: str) -> dict[str, int]:
     return {id: told["pid"] for id, told in replicas.items() if told["state"] == "ready"}
 
 
+async def have_one_waiting(client: Client, backend: str) -> bool:
+    replicas = (await client.status())["backends"][backend].values()
+    return all(told.get("waiting") == 1 for told in replicas)
+
+
 async def eventually(predicate: Callable[[], Awaitable[bool]], what: str) -> None:
     async with asyncio.timeout(NEW_S):
         while not await predicate():  # noqa: ASYNC110
@@ -52,6 +57,7 @@ async def test_a_killed_replica_is_replaced_and_requests_go_on(deployed: str, ga
         pair = client.get_handle("Pair")
         waiting = [asyncio.ensure_future(pair.wait.call(str(gate.folder))) for _ in range(8)]
         await wait_until(lambda: len(gate.notes) == 4, 5, "both run what they may")
+        await eventually(lambda: have_one_waiting(client, "Pair"), "each has said that one waits there")
         victim = next(iter(before.values()))
         os.kill(victim, signal.SIGKILL)
         ran_there = gate.notes[:4].count(f"in {victim}")

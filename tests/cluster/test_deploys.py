@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Any
 
 import httpx2
@@ -11,6 +12,7 @@ import ray
 
 import serveit
 from serveit import App
+from serveit.cluster.instance import make_spec, open_instance
 from serveit.exceptions import NotServing, RemoteTraceback
 from tests.cluster import apps
 from tests.cluster.instance import KEEPER, Instance
@@ -121,3 +123,48 @@ def test_blocking_programs(instance: Instance) -> None:
         assert list(client.routes()) == ["/blocking/version"]
     with serveit.connect(address=None, app=KEEPER) as client, pytest.raises(KeyError):
         client.get_handle("one")
+
+
+async def test_more_than_the_cluster_has(instance: Instance) -> None:
+    """It is said while it is waited for, and in the end."""
+    app = App()
+
+    @app.backend(ray_actor_options={"num_cpus": 1000, "resources": {"tpu": 1}})
+    def huge() -> None: ...
+
+    told: list[str] = []
+    async with open_instance(instance.address) as running:
+        spec = await make_spec(app, name="huge", deploy_timeout_s=2.5)
+        with pytest.raises(NotServing) as raised:
+            await running.deploy(spec, lambda progress: told.extend(progress.waiting))
+        assert "huge" not in (await running.status())["apps"]
+    needs = r"needs 1000 CPU, \d+ free and 1 tpu, 0 free"
+    assert re.fullmatch(rf"replica huge#\d+ {needs}; waiting for \d s", told[0])
+    assert re.search(rf"has waited 2.5 s for its process to exist: it {needs}; give", str(raised.value))
+
+
+async def test_no_room_for_a_surge(instance: Instance) -> None:
+    """The old version goes on; in place there is room."""
+    resources: Any = ray.cluster_resources  # typed by nobody
+    cpus = resources()["CPU"]
+
+    def make(version: int, max_surge: int) -> App:
+        app = App()
+
+        @app.backend(ray_actor_options={"num_cpus": cpus}, max_surge=max_surge)
+        async def which() -> int:
+            return version
+
+        return app
+
+    async with open_instance(instance.address) as running:
+        await running.deploy(await make_spec(make(1, 1), name="tight", prefix="/tight"))
+        async with serveit.connect(None, app="tight") as client:
+            with pytest.raises(NotServing, match="update in place with max_surge=0"):
+                await running.deploy(await make_spec(make(2, 1), name="tight", deploy_timeout_s=1.5))
+            assert await client.get_handle("which").call() == 1
+            status = await client.status()
+            assert status["state"] == "FAILED" and f"needs {cpus:g} CPU, 0 free" in status["message"]
+            await running.deploy(await make_spec(make(3, 0), name="tight"))
+            assert await client.get_handle("which").call() == 3
+            await client.delete()
