@@ -7,9 +7,7 @@ serveit in one process, bare, ... The ratio of the medians says more than the fi
 from __future__ import annotations
 
 import contextlib
-import re
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
@@ -20,12 +18,12 @@ from pathlib import Path
 from urllib.request import urlopen
 
 from report import Report, command_line, command_of
+from wrk import NotAnswered, free_port, wrk
 
 SERVERS = Path(__file__).parent / "servers"
 BARE, ON_RAY, LOCAL = "uvicorn + Starlette", "serveit on Ray", "serveit --local"
 CONNECTIONS = [64, 1]
 START_S = 60.0
-UNITS_MS = {"us": 0.001, "ms": 1.0, "s": 1000.0, "m": 60_000.0}
 
 NOTES = (
     "Medians of all rounds; `wrk` runs on the same machine, with one thread. Latency is what `wrk` sees.",
@@ -132,13 +130,6 @@ def running(command: list[str], port: int) -> Iterator[str]:
         process.wait()
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
-
-
 def answers(url: str) -> bool:
     with contextlib.suppress(OSError), urlopen(url, timeout=1) as answer:
         return bool(answer.status == 200)
@@ -154,25 +145,8 @@ def check_same_answer(urls: dict[str, str]) -> None:
         sys.exit(f"http_noop.py: the servers do not answer the same: {seen}")
 
 
-# -- wrk -------------------------------------------------------------------------------------------
-
-
-def wrk(url: str, connections: int, seconds: int) -> tuple[float, float, float]:
-    """Requests/s, and the median and 99th percentile of the latency in milliseconds."""
-    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", url]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    if "Non-2xx" in output or "Socket errors" in output:
-        sys.exit(f"http_noop.py: not all requests were answered\n{output}")
-    rate = re.search(r"Requests/sec: +([\d.]+)", output)
-    assert rate is not None, output
-    return float(rate[1]), percentile(output, 50), percentile(output, 99)
-
-
-def percentile(output: str, percent: int) -> float:
-    found = re.search(rf"^ +{percent}% +([\d.]+)([a-z]+)$", output, re.MULTILINE)
-    assert found is not None, output
-    return float(found[1]) * UNITS_MS[found[2]]
-
-
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except NotAnswered as failure:
+        sys.exit(f"http_noop.py: not all requests were answered\n{failure}")

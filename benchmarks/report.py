@@ -48,13 +48,17 @@ class Report:
         return "\n\n".join(parts) + "\n"
 
     def publish(self, name: str, options: argparse.Namespace) -> None:
-        """Print it, and write it where the command line says."""
+        """Show it, and keep it where the command line says so."""
+        self.show(options)
+        if options.save:
+            self._save(name)
+
+    def show(self, options: argparse.Namespace) -> None:
+        """Print it, and write every figure where the command line says so."""
         print(self.markdown())
         if options.json is not None:
             document = {"command": self.command, "machine": describe_machine(), "measured": self.measured}
             options.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        if options.save:
-            self._save(name)
 
     def _save(self, name: str) -> None:
         """Keep it as a file of its own, and show its table in the README between this benchmark's marks."""
