@@ -78,6 +78,7 @@ def test_a_file_in_a_package_has_its_package(folder: Path) -> None:
         ("./one_app", "): write 'one_app.py'"),
         ("./one_ap.py", "): did you mean 'one_app.py'?"),
         ("one_app/one_app.py", "): did you mean 'one_app.py'?"),
+        ("inner/package/modul.py", "): did you mean 'inner/package/module.py'?"),
         ("x/y/z", "): write 'package.module:app' or 'path/to/file.py:app'"),
         ("nowhere.py", "there is no file 'nowhere.py' (looked in "),
         ("a/b", "there is no file 'a/b'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import sys
@@ -137,12 +138,9 @@ def _nearest_file(path: Path) -> str:
     if parent.is_file() and not path.suffix:
         return f": write '{os.path.relpath(parent)}:{path.name}'"
     folder = path.parent if path.parent.is_dir() else Path.cwd()
-    here = {os.path.relpath(other): other.name for other in folder.glob("*.py")}
-    if path.name in here.values():
-        return f": did you mean {path.name!r}?"
-    near = did_you_mean(path.stem, [Path(name).stem for name in here.values()])
-    if near.startswith("did"):
-        return f": {near[:-2]}.py'?"
+    here = {other.stem: os.path.relpath(other) for other in folder.glob("*.py")}
+    if near := difflib.get_close_matches(path.stem, here, n=1):
+        return f": did you mean {here[near[0]]!r}?"
     return ": write 'package.module:app' or 'path/to/file.py:app'"
 
 

@@ -34,7 +34,7 @@ from tests.support import wait_until
 
 pytestmark = pytest.mark.cluster
 
-HEAD, SECOND, THIRD = "127.0.0.2", "127.0.0.3", "127.0.0.4"
+HEAD, SECOND, THIRD, FOURTH = "127.0.0.2", "127.0.0.3", "127.0.0.4", "127.0.0.5"
 """The head may not be on 127.0.0.1: Ray takes that for the machine's address on the network."""
 START_S, JOIN_S, LEAVE_S = 80.0, 10.0, 5.0
 BOTH = {HEAD, SECOND}
@@ -66,7 +66,7 @@ SCRIPT = """
 
     from app import app
 
-    head, second, third, port = sys.argv[1:]
+    head, second, third, fourth, port = sys.argv[1:]
 
     @ray.remote(num_cpus=1)
     class Occupant:
@@ -97,12 +97,16 @@ SCRIPT = """
         say("removed", second)
         nodes[third] = cluster.add_node(**start(third))
         say("added", third)
+        nodes[fourth] = cluster.add_node(**start(fourth))
+        while len(there := asyncio.run(servers())) < 3:
+            time.sleep(0.1)
+        say("three", *there)
         cluster.remove_node(nodes.pop(third), allow_graceful=False)
         say("lost", third)
-        while sum(node["Alive"] for node in ray.nodes()) > 1:
+        while sum(node["Alive"] for node in ray.nodes()) > 2:
             time.sleep(0.1)
         say("missed", third)
-        while len(there := asyncio.run(servers())) > 1:
+        while len(there := asyncio.run(servers())) > 2:
             time.sleep(0.1)
         say("left", *there)
 
@@ -202,9 +206,9 @@ def wait_for_the_rest(address: str, port: int, gone: str) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere 127.0.0.1 is the only address on loopback")
 @pytest.mark.timeout(180)
 def test_a_server_on_every_node(environment: dict[str, str], tmp_path: Path) -> None:
-    port = free_port(HEAD, SECOND, THIRD)
+    port = free_port(HEAD, SECOND, THIRD, FOURTH)
     (tmp_path / "app.py").write_text(textwrap.dedent(APP))
-    with driver(tmp_path, SCRIPT, HEAD, SECOND, THIRD, str(port), environment=environment) as running:
+    with driver(tmp_path, SCRIPT, HEAD, SECOND, THIRD, FOURTH, str(port), environment=environment) as running:
         assert running.wait_for("^url (.*)", START_S)[1] == f"http://{HEAD}:{port} {HEAD} {SECOND}"
         assert not listens("127.0.0.1", port) and not listens(THIRD, port)
         assert answers(SECOND, port) == SECOND
@@ -225,6 +229,11 @@ def test_a_server_on_every_node(environment: dict[str, str], tmp_path: Path) -> 
         wait_for_answers(THIRD, port, {HEAD}, JOIN_S)
 
         running.go_on()
+        assert running.says("three") == f"{HEAD} {THIRD} {FOURTH}"
+        for address in (HEAD, THIRD, FOURTH):
+            wait_for_answers(address, port, {HEAD}, JOIN_S)
+
+        running.go_on()
         assert running.says("lost") == THIRD
         assert [answers(HEAD, port) for _ in range(50)] == [HEAD] * 50, "none of its requests ran there"
 
@@ -232,11 +241,12 @@ def test_a_server_on_every_node(environment: dict[str, str], tmp_path: Path) -> 
         assert running.says("missed") == THIRD
         assert answers(HEAD, port) == HEAD
         running.go_on()
-        assert running.says("left") == HEAD
+        assert running.says("left") == f"{HEAD} {FOURTH}"
 
         running.go_on()
-        assert running.says("silent") == f"None {HEAD}"
-        assert not any(listens(address, port) for address in (HEAD, SECOND, THIRD))
+        url, _, where = running.says("silent").partition(" ")
+        assert url == "None" and where in (HEAD, FOURTH), "the two nodes that are left"
+        assert not any(listens(address, port) for address in (HEAD, SECOND, THIRD, FOURTH))
         running.go_on()
         assert running.says("ended") == "well" and running.end() == 0
 

@@ -276,13 +276,12 @@ class Router:
         """Connect; whatever happens meanwhile, no link stays open that nobody uses."""
         try:
             link = await self._connect(connection.replica, connection)
-        except Exception as error:
+        except BaseException as error:
             self._forget(connection)
+            if not isinstance(error, Exception):
+                raise
             logger.debug("replica %s cannot be reached: %s", connection.replica.id, error)
             return
-        except BaseException:
-            self._forget(connection)
-            raise
         connection.link = link
         if connection.retired or self._closed:
             connection.close()

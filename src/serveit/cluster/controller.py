@@ -84,7 +84,7 @@ class ControllerActor(Actor):
         if kept.ending:
             await self._end()
         else:
-            await self._end_if_empty()
+            await self.end_if_empty()
 
     def _run(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
@@ -142,7 +142,7 @@ class ControllerActor(Actor):
             await self._controller.owners.await_one(spec.owner)
         if isinstance(await self._controller.outcomes.deployed(spec.name, version), DeployFailed):
             await self._controller.last_ended()
-            await self._end_if_empty()
+            await self.end_if_empty()
 
     async def deployed(self, name: str, version: int, seen: bytes) -> bytes:
         """What became of a deploy, or how far it is: an encoded Deployed, DeployFailed or Deploying."""
@@ -193,7 +193,7 @@ class ControllerActor(Actor):
         await controller.delete(name, owner)
         if owner is not None:
             controller.owners.left(owner)
-        await self._end_if_empty()
+        await self.end_if_empty()
 
     async def shutdown(self) -> None:
         """End all apps, and then this process: drivers that find it gone know what that means."""
@@ -209,9 +209,10 @@ class ControllerActor(Actor):
     async def _owner_lost(self, owner: str) -> None:
         await self._controller.owners.lost(owner, OWNER_GRACE_S)
         await self._controller.last_ended()
-        await self._end_if_empty()
+        await self.end_if_empty()
 
-    async def _end_if_empty(self) -> None:
+    async def end_if_empty(self) -> None:
+        """End the instance, if no app runs and nobody is about to deploy one."""
         if self._controller.is_empty:
             await self._controller.shutdown()
             await self._end()

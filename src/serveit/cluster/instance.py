@@ -82,9 +82,8 @@ class Instance:
         await ask(self._controller, "shutdown", timeout_s=None)
 
     async def end_if_empty(self) -> None:
-        """End it, if no app runs and nobody is about to deploy one: what looks so after an app's end does so
-        as well after that of one which never was."""
-        await self.app("").delete()
+        """End it, if no app runs and nobody is about to deploy one."""
+        await ask(self._controller, "end_if_empty", timeout_s=None)
 
     async def http(self, options: HTTPOptions | None, joined: Joined, log_level: str = "info") -> str | None:
         """The URL of the instance's HTTP servers, started if need be; None where it has none.
