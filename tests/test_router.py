@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serveit.calling.exchange import Phase
+from serveit.calling.handle import ReserveExchange
 from serveit.calling.router import RouterStatistics
 from serveit.context import Context, enter
 from serveit.control.snapshot import ReplicaInfo
@@ -390,6 +391,122 @@ async def test_what_may_have_run_is_not_sent_again(rig: Rig, phase: Phase) -> No
         await exchange.answer
     assert caught.value.executed == "maybe"
     assert rig.router.statistics() == RouterStatistics(0, 0, 1)
+
+
+class TestIdempotent:
+    """What may have run is sent again once, elsewhere, and no caller is told that it did not run."""
+
+    @pytest.mark.parametrize("phase", [Phase.SENT, Phase.STARTED])
+    async def test_goes_elsewhere_once(self, rig: Rig, phase: Phase) -> None:
+        await rig.update("a", idempotent=True)
+        exchange = rig.submit()
+        if phase == Phase.STARTED:
+            rig["a"].queued(1)
+            rig["a"].started(1)
+        rig["a"].lose()
+        await rig.update("b", idempotent=True)
+        assert exchange.phase == Phase.SENT
+        rig["b"].answer(1, "again")
+        assert (await exchange.answer).flags & END
+
+    @pytest.mark.parametrize("queued", [True, False])
+    async def test_is_never_sent_a_third_time(self, rig: Rig, queued: bool) -> None:
+        await rig.update("a", idempotent=True)
+        exchange = rig.submit()
+        if queued:
+            rig["a"].queued(1)
+        rig["a"].lose()
+        await rig.update("b", idempotent=True)
+        rig["b"].lose()
+        with pytest.raises(ReplicaDied, match="replica b was lost") as caught:
+            await exchange.answer
+        assert caught.value.executed == "maybe"
+        assert rig.router.statistics().waiting == 0
+
+    async def test_may_have_run_where_it_was_lost_though_it_was_only_queued_then(self, rig: Rig) -> None:
+        await rig.update("a", idempotent=True)
+        exchange = rig.submit()
+        rig["a"].lose()
+        await rig.update("b", idempotent=True)
+        rig["b"].queued(1)
+        rig["b"].lose()
+        with pytest.raises(ReplicaDied) as caught:
+            await exchange.answer
+        assert caught.value.executed == "maybe"
+
+    async def test_not_when_its_answer_has_begun(self, rig: Rig) -> None:
+        await rig.update("a", "b", idempotent=True)
+        exchange = rig.submit()
+        assert exchange.connection is not None
+        lost = rig[exchange.connection.replica.id]
+        lost.begin_stream(1)
+        inflow = (await exchange.answer).inflow
+        lost.lose()
+        assert inflow is not None
+        with pytest.raises(ReplicaDied, match="in the middle of its answer"):
+            await inflow.read()
+        assert sum(len(rig[replica_id].calls) for replica_id in "ab") == 1
+
+    async def test_keeps_its_deadline(self, rig: Rig) -> None:
+        await rig.update("a", idempotent=True)
+        exchange = rig.submit(deadline=rig.clock.time() + 5)
+        await rig.clock.advance(2)
+        rig["a"].lose()
+        await rig.update("b", idempotent=True)
+        assert rig["b"].calls[0].deadline_ms == 3000
+        await rig.clock.advance(4)
+        with pytest.raises(DeadlineExceeded) as caught:
+            await exchange.answer
+        assert caught.value.executed == "maybe"
+
+    async def test_that_waits_in_vain_may_have_run(self, rig: Rig) -> None:
+        await rig.update("a", idempotent=True)
+        late, closed = rig.submit(deadline=rig.clock.time() + 5), rig.submit()
+        rig["a"].lose()
+        await rig.clock.advance(6)
+        with pytest.raises(ReplicaDied, match="replica a was lost") as caught:
+            await late.answer
+        assert caught.value.executed == "maybe"
+        rig.router.close()
+        with pytest.raises(ReplicaDied, match="replica a was lost"):
+            await closed.answer
+
+    async def test_has_a_budget(self, rig: Rig) -> None:
+        """What kills each replica that it meets does not go on and on."""
+        await rig.update("a", idempotent=True, limit=1000)
+        lost = rig.submit_many(400)
+        rig["a"].lose()
+        refused = [exchange for exchange in lost if exchange.answer.done()]
+        assert len(refused) == 400 - (10 * 10 + 400 * 0.2)
+        await rig.update("b", idempotent=True, limit=1000)
+        more = rig.submit_many(10)
+        await rig.clock.advance(1)
+        rig["b"].lose()
+        kept = [exchange for exchange in more if not exchange.answer.done()]
+        assert len(kept) == 10, "10 a second"
+        await rig.update()
+        rig.router.close()
+
+    async def test_is_not_what_the_backend_says_nothing_of(self, rig: Rig) -> None:
+        await rig.update("a", idempotent=True)
+        exchange = rig.submit()
+        await rig.update("a", "b", idempotent=False)
+        rig["a"].lose()
+        with pytest.raises(ReplicaDied):
+            await exchange.answer
+
+
+async def test_a_lost_reservation_has_run_nothing(rig: Rig) -> None:
+    await rig.update("a")
+    exchange = ReserveExchange("__call__", None)
+    rig.router.submit(exchange)
+    rig["a"].lose()
+    assert exchange.phase == Phase.WAITING
+    await rig.update("b")
+    rig["b"].lose()
+    with pytest.raises(ReplicaDied) as caught:
+        await exchange.answer
+    assert caught.value.executed == "no"
 
 
 async def test_a_lost_replica_is_connected_to_again_by_the_next_snapshot(rig: Rig) -> None:

@@ -70,6 +70,17 @@ class BackendConfig:
         request_timeout_s: seconds over HTTP until the first byte of the answer; None for no limit.
             Handles inherit their caller's deadline or have none.
         graceful_shutdown_timeout_s: how long a drain waits for running requests.
+        health_check_period_s: so often is a replica looked after: its `check_health`, if its class has
+            that method, is run, and the controller asks whether the process is still well. A replica
+            whose `check_health` raises three times in a row gets no more requests, ends what it runs,
+            and another takes its place.
+        health_check_timeout_s: a replica whose event loop is blocked, whose process does not answer or
+            whose `check_health` does not return for so long is killed and replaced. What waits for a
+            thread does not count: a `def` check may stand behind a long `def` request.
+        idempotent: running a request twice does no harm. Only then is one whose replica was lost with
+            it on it sent again: once, to another replica, within its deadline, unless its answer had
+            begun; at most 20 % of the requests and 10 a second. False: such requests fail with
+            `ReplicaDied`, `executed="maybe"`.
         max_surge: replicas beyond `num_replicas` that an update may start at once; as many of the old
             ones stop when they are ready. 0: each old one stops first, for a cluster without room.
         ray_actor_options: what each replica's actor asks of the cluster, as Ray spells it:
@@ -88,6 +99,9 @@ class BackendConfig:
     user_config: Any = None
     request_timeout_s: float | None = 60.0
     graceful_shutdown_timeout_s: float = 30.0
+    health_check_period_s: float = 5.0
+    health_check_timeout_s: float = 30.0
+    idempotent: bool = False
     max_surge: int = 1
     ray_actor_options: Mapping[str, Any] | None = None
 
@@ -102,6 +116,10 @@ class BackendConfig:
             _check_count("max_queued_requests", self.max_queued_requests, least=0)
         for name in ("batch_wait_timeout_s", "graceful_shutdown_timeout_s"):
             _check_seconds(name, getattr(self, name))
+        for name in ("health_check_period_s", "health_check_timeout_s"):
+            _check_seconds(name, getattr(self, name), positive=True)
+        if not isinstance(self.idempotent, bool):
+            raise TypeError(f"idempotent must be True or False, got {self.idempotent!r}")
         if self.request_timeout_s is not None:
             _check_seconds("request_timeout_s", self.request_timeout_s, positive=True)
         if self.ray_actor_options is not None:

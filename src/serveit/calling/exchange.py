@@ -10,12 +10,14 @@ import asyncio
 from enum import IntEnum
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
+from serveit.exceptions import Rejected, ServeitError
 from serveit.wire.frames import MAX_INLINE, Buffer, Message
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from serveit.calling.connection import Connection
+    from serveit.exceptions import ReplicaDied
     from serveit.wire.frames import Failure, FrameType
     from serveit.wire.streams import Inflow, Outflow
 
@@ -71,8 +73,9 @@ class Exchange:
 
     All of its mutable state is here and changed only by the router and the connection that have it:
     `phase`, `connection`, `stream` (where it was sent), `bucket` (its place in the deadline wheel),
-    `refused_by` (replicas not to be asked again while others are left), `resent`, `expendable` (a
-    shadow: dropped rather than kept waiting).
+    `refused_by` (replicas not to be asked again while others are left), `resent` (it was lost with a
+    replica once), `loss` (set if user code may have run there), `expendable` (a shadow: dropped rather
+    than kept waiting).
     """
 
     __slots__ = (
@@ -85,6 +88,7 @@ class Exchange:
         "deadline",
         "expendable",
         "frame_type",
+        "loss",
         "message",
         "outflow",
         "owner",
@@ -129,6 +133,7 @@ class Exchange:
         self.bucket: int | None = None
         self.refused_by: frozenset[str] = frozenset()
         self.resent = False
+        self.loss: ReplicaDied | None = None
         self.expendable = False
         self.waiting_since = 0.0
 
@@ -161,6 +166,16 @@ class Exchange:
 
     def fail(self, error: BaseException) -> None:
         if not self.answer.done():
-            self.answer.set_exception(error)
+            self.answer.set_exception(error if self.loss is None else _after(self.loss, error))
             # Counts as seen: where nobody waits any more, nobody is to read of it in the log.
             self.answer.exception()
+
+
+def _after(loss: ReplicaDied, error: BaseException) -> BaseException:
+    """What to say of a request that may have run where it was lost, and then failed like this: never that
+    it did not run."""
+    if isinstance(error, Rejected):
+        return loss
+    if isinstance(error, ServeitError) and error.executed == "no":
+        error.executed = "maybe"
+    return error

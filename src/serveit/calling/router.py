@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from serveit.calling.choice import choose
 from serveit.calling.connection import Connection
 from serveit.calling.exchange import Exchange, Phase
+from serveit.calling.retries import Retries
 from serveit.context import context
 from serveit.exceptions import (
     DeadlineExceeded,
@@ -25,7 +26,6 @@ from serveit.exceptions import (
     NoReplica,
     NotServing,
     QueueFull,
-    ReplicaDied,
 )
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from serveit.clock import DeadlineWheel
     from serveit.control.snapshot import BackendInfo, ReplicaInfo
     from serveit.observe import Observer
-    from serveit.types import Clock, Executed
+    from serveit.types import Clock
     from serveit.wire.link import Link, Receiver
 
     Connector = Callable[["ReplicaInfo", Receiver], Awaitable[Link]]
@@ -60,9 +60,9 @@ class Router:
 
     All mutable state: `_connections` (by replica id) and `_ring` (the same, to draw from), `_queue`
     (who waits, oldest first: exactly the exchanges in phase WAITING, and the context of the code that
-    waits for them), `_ending` (all replicas that the snapshot names are going away), `_guarded` (only
-    running requests may still call), `_closed` (nobody may), `_hinted` (the hint at `num_threads` has
-    been given). With `replaced` others come in the place of replicas that go away.
+    waits for them), `_retries`, `_ending` (all replicas that the snapshot names are going away), `_guarded`
+    (only running requests may still call), `_closed` (nobody may), `_hinted` (the hint at `num_threads`
+    has been given). With `replaced` others come in the place of replicas that go away.
     """
 
     def __init__(
@@ -88,6 +88,7 @@ class Router:
         self._connections: dict[str, Connection] = {}
         self._ring: list[Connection] = []
         self._queue: OrderedDict[Exchange, Context | None] = OrderedDict()
+        self._retries = Retries(clock.time)
         self._closed = False
         self._guarded = False
         self._ending = False
@@ -184,6 +185,7 @@ class Router:
             name = self.info.name
             raise DeadlineExceeded(f"the deadline was over before backend {name!r} was asked", executed="no")
         exchange.owner = self
+        self._retries.num_requests += 1
         connection = choose(self._ring, exchange.refused_by, self._random) if not self._queue else None
         if connection is not None:
             connection.send(exchange)
@@ -248,16 +250,14 @@ class Router:
         self._resubmit(exchange, connection)
 
     def lost(self, connection: Connection, exchanges: list[Exchange]) -> None:
-        """A link broke: what was only queued goes elsewhere once, the rest may have been executed."""
+        """A link broke: what was only queued goes elsewhere once, and so does what may run twice."""
         self._forget(connection)
         for exchange in exchanges:
-            if exchange.phase == Phase.QUEUED and not exchange.resent:
-                exchange.resent = True
+            died = self._retries.grant(exchange, connection.replica.id, idempotent=self.info.idempotent)
+            if died is None:
                 self._resubmit(exchange, choose(self._ring, exchange.refused_by, self._random))
             else:
-                executed: Executed = "no" if exchange.phase == Phase.QUEUED else "maybe"
-                text = f"replica {connection.replica.id} was lost with the request on it"
-                self._end(exchange, ReplicaDied(text, executed=executed))
+                self._end(exchange, died)
 
     def draining(self, connection: Connection) -> None:
         self._look_for_end()

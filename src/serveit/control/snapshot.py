@@ -38,6 +38,8 @@ class BackendInfo(msgspec.Struct, frozen=True):
     """Why no replica is to come any more."""
     num_threads: int | None = None
     """Set where a long queue waits for threads: `def` functions that are not called with batches."""
+    idempotent: bool = False
+    """Whether a request that may have run may run again."""
 
 
 class EndpointInfo(msgspec.Struct, frozen=True):
@@ -100,6 +102,7 @@ def app_info(app: App, name: str, prefix: str, replicas: Mapping[str, Sequence[R
                 max_queued_requests=config.max_queued_requests,
                 request_timeout_s=config.request_timeout_s,
                 num_threads=config.num_threads if not is_async and config.max_batch_size is None else None,
+                idempotent=config.idempotent,
             )
         )
     endpoints = [

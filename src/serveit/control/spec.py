@@ -32,6 +32,10 @@ class BackendSpec(msgspec.Struct, frozen=True):
     """Replicas beyond `num_replicas` that an update may start."""
     ray_actor_options: dict[str, Any] = {}
     """What its processes ask of the cluster."""
+    health_check_period_s: float = 5.0
+    """So often is each of its replicas asked whether it is well."""
+    health_check_timeout_s: float = 30.0
+    """What one that does not answer, or hangs, is given."""
 
     @property
     def name(self) -> str:
@@ -186,6 +190,8 @@ def app_spec(
                 config.graceful_shutdown_timeout_s,
                 config.max_surge,
                 dict(config.ray_actor_options or {}),
+                config.health_check_period_s,
+                config.health_check_timeout_s,
             )
         )
     return AppSpec(

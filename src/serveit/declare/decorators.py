@@ -33,6 +33,9 @@ class BackendOptions(TypedDict, total=False):
     user_config: Any
     request_timeout_s: float | None
     graceful_shutdown_timeout_s: float
+    health_check_period_s: float
+    health_check_timeout_s: float
+    idempotent: bool
     max_surge: int
     ray_actor_options: Mapping[str, Any] | None
 

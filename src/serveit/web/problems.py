@@ -91,7 +91,7 @@ def problem_of(error: BaseException, *, debug: bool) -> Problem:
         debug: put the exception's type, text and traceback into a 500.
     """
     if isinstance(error, RequestFailed):
-        return _of_failure(error.failure, debug=debug)
+        return _of_failure(error.failure, executed=error.executed, debug=debug)
     if not isinstance(error, ServeitError):
         return problem(500, executed="maybe", **(_debug(error) if debug else {}))
     headers: HeaderList = []
@@ -108,14 +108,14 @@ async def send_problem(send: Send, answer: Problem, request_id: str) -> None:
     await send({"type": "http.response.body", "body": answer.body})
 
 
-def _of_failure(failure: Failure, *, debug: bool) -> Problem:
+def _of_failure(failure: Failure, *, executed: Executed, debug: bool) -> Problem:
     more: dict[str, Any] = {}
     if debug and failure.status == 500:
         more = {"exception": f"{failure.kind}: {failure.text}", "traceback": failure.traceback}
     return problem(
         failure.status,
         failure.detail,
-        executed=failure.executed,
+        executed=executed,
         errors=failure.errors,
         headers=failure.headers,
         **more,
