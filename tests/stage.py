@@ -19,6 +19,7 @@ from serveit.control.orders import (
     ActorName,
     Deployed,
     DeployFailed,
+    Health,
     Leaving,
     ProxyOrder,
     ReplicaOrder,
@@ -58,6 +59,10 @@ class FakeProcess:
         self.drains: list[float] = []
         self.to_deadlines = False
         self.idles: list[float] = []
+        self.condition = Health()
+        self.may_tell = asyncio.Event()
+        self.may_tell.set()
+        self.looks = 0
         self.killed = 0
         self.starts = 0
 
@@ -121,6 +126,11 @@ class FakeProcess:
 
     async def status(self) -> dict[str, Any]:
         return {"running": 3}
+
+    async def health(self, timeout_s: float) -> Health:
+        self.looks += 1
+        await self.may_tell.wait()
+        return self.condition
 
     async def idle(self, timeout_s: float) -> None:
         self.idles.append(timeout_s)
@@ -193,6 +203,9 @@ class Held:
 
     async def status(self) -> dict[str, Any]:
         return await self.process.status()
+
+    async def health(self, timeout_s: float) -> Health:
+        return await self.process.health(timeout_s)
 
     async def idle(self, timeout_s: float) -> None:
         await self.process.idle(timeout_s)
@@ -465,7 +478,7 @@ class Stage:
         self.store.error = None
         self.store.may_save.set()
         for process in self.launcher.made:
-            for event in (process.may_stop, process.is_idle, process.may_answer):
+            for event in (process.may_stop, process.is_idle, process.may_answer, process.may_tell):
                 event.set()
         self.begin(self.controller.shutdown())
         await self.clock.advance(LONG_S)

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from serveit.control.keeper import LOOK_S, MAX_PAUSE_S, STEADY_S
-from serveit.control.orders import ProxyOrder, ReplicaOrder, Started, StartFailed
+from serveit.control.orders import Health, ProxyOrder, ReplicaOrder, Started, StartFailed
 from serveit.control.processes import Node, ProcessDied
 from serveit.control.proxies import POLL_S, STRAYS_S, Proxies
 from serveit.exceptions import NotServing
@@ -74,6 +74,9 @@ class FakeProcess:
 
     async def status(self) -> dict[str, Any]:
         return {}
+
+    async def health(self, timeout_s: float) -> Health:
+        raise NotImplementedError
 
     async def idle(self, timeout_s: float) -> None:
         """It always is."""

@@ -13,7 +13,7 @@ import msgspec
 import ray
 
 from serveit.cluster.contact import find_controller
-from serveit.control.orders import ProxyOrder, ReplicaOrder, encode
+from serveit.control.orders import Health, ProxyOrder, ReplicaOrder, encode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -110,6 +110,18 @@ class ReplicaActor(Actor):
         """What it is doing: an encoded dict."""
         assert self._host is not None, "only started replicas are asked"
         return encode(self._host.status())
+
+    @control
+    async def health(self, timeout_s: float) -> bytes:
+        """How it is: an encoded Health. Asked from another thread than the replica's, which may be blocked;
+        while it starts it may be for long, and that is the constructor's business."""
+        if self._host is None or not self._host.runs:
+            return encode(Health())
+        try:
+            async with asyncio.timeout(timeout_s):
+                return encode(await self._on_loop(_later(self._host.health)))
+        except TimeoutError:
+            return encode(Health(f"its event loop has been blocked for {timeout_s:g} s", hangs=True))
 
     async def _on_loop(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self._loop))

@@ -24,10 +24,20 @@ from serveit.cluster.shipping import Shipment, find, unpack
 from serveit.cluster.watch import Watch
 from serveit.config import HTTP_QUEUE, NODE_HOST, HTTPOptions
 from serveit.context import serving
-from serveit.control.orders import Leaving, Place, ProxyOrder, ReplicaOrder, Started, StartFailed, place_text
+from serveit.control.orders import (
+    Health,
+    Leaving,
+    Place,
+    ProxyOrder,
+    ReplicaOrder,
+    Started,
+    StartFailed,
+    place_text,
+)
 from serveit.exceptions import ServeitError
 from serveit.logs import configure
 from serveit.running.failures import failure_of
+from serveit.running.health import Checkup
 from serveit.running.httpjob import Bindings
 from serveit.running.listener import Listener
 from serveit.running.replica import Replica
@@ -53,7 +63,7 @@ PROXY_ROLE, REPLICA_ROLE = "proxy", "replica"
 class ReplicaHost:
     """One replica and the channels of its callers.
 
-    All mutable state: `_starting` and `_closing` (the tasks, kept for what they give), `_runs` (the user's
+    All mutable state: `_starting` and `_closing` (the tasks, kept for what they give), `runs` (the user's
     object is there), `_is_leaving` (it is about to close), `has_run_tasks`, and what `start` makes.
     """
 
@@ -63,7 +73,7 @@ class ReplicaHost:
         self.has_run_tasks = False
         self._starting: asyncio.Task[Started | StartFailed] | None = None
         self._closing: asyncio.Task[None] | None = None
-        self._runs = self._is_leaving = False
+        self.runs = self._is_leaving = False
         self._exit = contextlib.AsyncExitStack()
         self._doors: list[Listening] = []
 
@@ -104,7 +114,10 @@ class ReplicaHost:
         self._bindings = Bindings(backend)
         self._bindings.prepare()
         await self.replica.start()
-        self._runs = True
+        self._checkup = Checkup(self.replica)
+        self._checkup.start()
+        self._exit.callback(self._checkup.stop)
+        self.runs = True
         watchdog = Watchdog()
         watchdog.start(loop)
         self._exit.callback(watchdog.stop)
@@ -145,7 +158,7 @@ class ReplicaHost:
         await asyncio.shield(self._closing)
 
     async def _close(self, timeout_s: float) -> None:
-        if self._runs:
+        if self.runs:
             self._say_goaway()
             await self.replica.drain(timeout_s)
             await self.replica.aclose()
@@ -165,6 +178,10 @@ class ReplicaHost:
         for door in self._doors:
             for channel in door.channels:
                 channel.send(FrameType.GOAWAY, 0)
+
+    def health(self) -> Health:
+        """What its checks have found so far."""
+        return self._checkup.health
 
     def status(self) -> dict[str, Any]:
         statistics = self.replica.statistics()

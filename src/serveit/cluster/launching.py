@@ -15,11 +15,13 @@ from serveit.cluster.actors import CONTROL_GROUP, ProxyActor, ReplicaActor
 from serveit.control.orders import (
     CONTROLLER,
     NAMESPACE,
+    Health,
     Leaving,
     ProxyOrder,
     ReplicaOrder,
     Started,
     StartFailed,
+    decode_health,
     decode_outcome,
     encode,
 )
@@ -80,6 +82,15 @@ class RayProcess:
         told: dict[str, Any] = msgspec.msgpack.decode(octets)
         return told
 
+    async def health(self, timeout_s: float) -> Health:
+        while True:
+            try:
+                return decode_health(await self._actor.health.remote(timeout_s))
+            except ray.exceptions.ActorUnavailableError:
+                await asyncio.sleep(AGAIN_S)  # it may be alive: silent so far
+            except ray.exceptions.RayError:
+                return Health()  # it is gone, as `death` says
+
     async def death(self) -> str:
         while True:
             try:
@@ -139,6 +150,9 @@ class GoneProcess:
 
     async def status(self) -> dict[str, Any]:
         return {}
+
+    async def health(self, timeout_s: float) -> Health:
+        return Health()
 
     async def idle(self, timeout_s: float) -> None:
         """It runs nothing."""

@@ -110,6 +110,15 @@ class StartFailed(msgspec.Struct, frozen=True, tag=True):
     """What was raised, in a line."""
 
 
+class Health(msgspec.Struct, frozen=True):
+    """How a replica is."""
+
+    illness: str = ""
+    """Why it is not to be used any more, in a line; empty if it is well."""
+    hangs: bool = False
+    """It cannot be asked to end what it runs."""
+
+
 class Place(msgspec.Struct, frozen=True):
     """Where a replica can be reached; its text is `ReplicaInfo.address`."""
 
@@ -157,6 +166,11 @@ encode = msgspec.msgpack.encode
 def decode_outcome(octets: bytes) -> Started | StartFailed | Leaving:
     """What a process said of its start."""
     return msgspec.msgpack.decode(octets, type=Started | StartFailed | Leaving)
+
+
+def decode_health(octets: bytes) -> Health:
+    """What a replica said of how it is."""
+    return msgspec.msgpack.decode(octets, type=Health)
 
 
 def decode_deployed(octets: bytes) -> Deployed | DeployFailed | Deploying:

@@ -10,7 +10,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
-    from serveit.control.orders import Leaving, ProxyOrder, ReplicaOrder, Started, StartFailed
+    from serveit.control.orders import Health, Leaving, ProxyOrder, ReplicaOrder, Started, StartFailed
     from serveit.types import Clock
 
 BACKOFF_S, MAX_BACKOFF_S = 0.5, 30.0
@@ -31,6 +31,13 @@ class Process(Protocol):
 
     async def status(self) -> dict[str, Any]:
         """What it is doing; empty if it does not say."""
+
+    async def health(self, timeout_s: float) -> Health:
+        """How a replica is. Late, or never, if the process itself hangs.
+
+        Args:
+            timeout_s: after so long without a turn its event loop counts as blocked.
+        """
 
     async def idle(self, timeout_s: float) -> None:
         """Wait until it runs nothing, at most so long; what comes meanwhile, it takes."""

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from serveit.control.apps import RunningApp
-from serveit.control.orders import ActorName, Deployed, DeployFailed, Leaving
+from serveit.control.health import last_of
+from serveit.control.orders import ActorName, Deployed, DeployFailed, Health, Leaving
 from serveit.control.plan import Start, Stop, Wait, plan
 from serveit.control.processes import ProcessDied, ended
 from serveit.control.replicas import Replica, Version
@@ -279,12 +280,24 @@ class Reconciler:
         replica.become(outcome)
         logger.info("replica %s of app %r is ready (pid %d)", replica.id, app.name, outcome.pid)
         self.reconcile(app)
-        assert replica.process is not None, "it has started"
-        how = await replica.process.death()
-        if replica.ending is None:
+        last = await last_of(replica, self._clock)
+        if replica.ending is not None:
+            return
+        if isinstance(last, Health):
+            self._replace(app, replica, last)
+        else:
             del app.replicas[replica.id]
-            logger.error("replica %s of app %r died: %s", replica.id, app.name, how)
-            self._count(app, replica, f"replica {replica.id} died: {how}")
+            logger.error("replica %s of app %r died: %s", replica.id, app.name, last)
+            self._count(app, replica, f"replica {replica.id} died: {last}")
+
+    def _replace(self, app: RunningApp, replica: Replica, health: Health) -> None:
+        """It is not well: nobody is sent there any more, another comes in its place. What it runs may end,
+        if it can be asked to."""
+        what = "killing it" if health.hangs else "another takes its place"
+        logger.error("replica %s of app %r is unhealthy: %s; %s", replica.id, app.name, health.illness, what)
+        replica.health = health
+        self._end(app, replica)
+        self._count(app, replica, f"replica {replica.id} was unhealthy: {health.illness}")
 
     def _not_started(self, app: RunningApp, replica: Replica, failed: DeployFailed, *, silent: bool) -> None:
         """What raises while it starts fails the change that hangs on it, what dies in silence is tried
@@ -340,7 +353,7 @@ class Reconciler:
 
     async def _ended(self, app: RunningApp, replica: Replica) -> None:
         try:
-            if replica.started:
+            if replica.started and not replica.health.hangs:
                 await self._publisher.acknowledged(self._publisher.snapshot.version)
                 # An update cuts nothing off; the end of an app, or of all, does not take that long.
                 stays = self.apps.get(app.name) is app and not self.stopping

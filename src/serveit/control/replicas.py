@@ -8,6 +8,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from serveit.control.checkpoint import VersionRecord
+from serveit.control.orders import Health
 from serveit.control.plan import Wanted
 from serveit.control.processes import backoff_s
 
@@ -85,8 +86,8 @@ class Replica:
 
     All mutable state: `process` (None before it is launched), `address` (None before it is ready), `pid`,
     `waiting` (what it waits for, where that is not the user's code), `started` (it may have been ready, if
-    it is no more), `answered` (set when its process has said what became of its start), `ending` (the task
-    that ends it; None before).
+    it is no more), `health` (as last heard), `answered` (set when its process has said what became of its
+    start), `ending` (the task that ends it; None before).
     """
 
     def __init__(self, id: str, backend: str, version: Version, *, adopted: bool = False) -> None:
@@ -99,6 +100,7 @@ class Replica:
         self.pid: int | None = None
         self.waiting = ""
         self.started = False
+        self.health = Health()
         self.answered = asyncio.Event()
         self.ending: asyncio.Task[None] | None = None
 
@@ -108,7 +110,7 @@ class Replica:
     @property
     def stage(self) -> str:
         if self.ending is not None:
-            return "stopping"
+            return "unhealthy" if self.health.illness else "stopping"
         return "starting" if self.address is None else "ready"
 
     @property
@@ -136,6 +138,8 @@ class Replica:
             told["pid"] = self.pid
         if self.waiting:
             told["waiting_for"] = self.waiting
+        if self.health.illness:
+            told["illness"] = self.health.illness
         if self.process is not None and self.is_ready:
             told |= await self.process.status()
         return told

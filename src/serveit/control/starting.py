@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, NamedTuple
 
+from serveit.control.health import told
 from serveit.control.orders import ActorName, DeployFailed, ReplicaOrder, StartFailed
 from serveit.control.processes import ended
 
@@ -59,7 +60,7 @@ class Starter:
             return DeployFailed(lacking)
         # It may have been ready long ago: what it runs may end, though it has no time to answer now.
         replica.started = replica.adopted
-        outcome = await process.start()
+        outcome = await (told(replica, self._clock) if replica.adopted else process.start())
         if isinstance(outcome, StartFailed):
             why = outcome.text or outcome.where
             return DeployFailed(f"replica {replica.id} cannot start: {why}", outcome)

@@ -25,6 +25,10 @@ logger = logging.getLogger("serveit.replica")
 _END = object()
 
 
+def _nothing() -> None:
+    """Nobody wants to know."""
+
+
 class Instance:
     """One copy of a backend's function or class.
 
@@ -79,11 +83,19 @@ class Instance:
             )
         await self._run("reconfigure()", partial(reconfigure, user_config))
 
-    async def check_health(self) -> None:
-        """Run the user's `check_health`, if there is one. What it raises means: unhealthy."""
-        check = getattr(self._object, "check_health", None)
-        if check is not None:
-            await self._run("check_health()", check)
+    @property
+    def has_check(self) -> bool:
+        """Whether the user's object has a `check_health`."""
+        return hasattr(self._object, "check_health")
+
+    async def check_health(self, on_begin: Callable[[], None] = _nothing) -> None:
+        """Run the user's `check_health`, if there is one. What it raises means: unhealthy.
+
+        Args:
+            on_begin: called just before, in its thread.
+        """
+        if self.has_check:
+            await self._run("check_health()", self._object.check_health, on_begin=on_begin)
 
     async def aclose(self) -> None:
         """Let the object clean up (`aclose`, else `close`); what that raises is logged."""
@@ -165,7 +177,14 @@ class Instance:
                 await _outlast(future)
             raise
 
-    async def _run(self, what: str, function: Callable[[], Any], *, on_loop: bool = False) -> Any:
+    async def _run(
+        self,
+        what: str,
+        function: Callable[[], Any],
+        *,
+        on_loop: bool = False,
+        on_begin: Callable[[], None] = _nothing,
+    ) -> Any:
         """Run a piece of the user's code that no request asked for.
 
         Raises:
@@ -177,14 +196,20 @@ class Instance:
             if on_loop:
                 return function()
             if inspect.iscoroutinefunction(function):
+                on_begin()
                 return await function()
-            value = await self.in_thread(function)
+            value = await self.in_thread(partial(_after, on_begin, function))
             return await value if inspect.isawaitable(value) else value
         except (SystemExit, KeyboardInterrupt, asyncio.CancelledError) as error:
             task = asyncio.current_task()
             if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
                 raise
             raise RuntimeError(f"{what} of backend {self.backend.name!r} raised {error!r}") from error
+
+
+def _after(before: Callable[[], None], function: Callable[[], Any]) -> Any:
+    before()
+    return function()
 
 
 def _returning(function: Callable[[], Any]) -> Any:

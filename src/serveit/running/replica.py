@@ -132,9 +132,9 @@ class Replica:
         """Hand a new `user_config` to the user's object. Raises what its `reconfigure` raises."""
         await self._spawn(self.instance.reconfigure(user_config))
 
-    async def check_health(self) -> None:
-        """Raises what the user's `check_health`, if there is one, raises: unhealthy."""
-        await self._spawn(self.instance.check_health())
+    async def check_health(self, on_begin: Callable[[], None] = lambda: None) -> None:
+        """Raises what the user's `check_health`, if there is one, raises: unhealthy; see `Instance`."""
+        await self._spawn(self.instance.check_health(on_begin))
 
     @property
     def is_idle(self) -> bool:
