@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from anyio import CancelScope
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine
 
 
 def is_cancelled() -> bool:
@@ -30,3 +30,14 @@ async def outlast(work: Coroutine[Any, Any, Any] | asyncio.Task[Any]) -> None:
     if cancelled is not None and not task.cancelled() and task.exception() is None:
         raise cancelled
     task.result()
+
+
+async def hurried(work: Coroutine[Any, Any, Any], hurry: Callable[[], None]) -> None:
+    """See it to its end; where this is cancelled, `hurry` is called, which makes that come soon."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        hurry()
+        await outlast(task)
+        raise

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 from serveit.calling.directory import Directory
 from serveit.calling.gateway import Gateway, open_portal
 from serveit.calling.handle import Handle
-from serveit.cancellation import is_cancelled, outlast
+from serveit.cancellation import hurried, is_cancelled, outlast
 from serveit.clock import DeadlineWheel, LoopClock
 from serveit.config import HANDLE_QUEUE, HTTP_QUEUE, NODE_HOST
 from serveit.context import serving
 from serveit.control.snapshot import ReplicaInfo, Snapshot
 from serveit.control.spec import AppSpec, app_spec
 from serveit.exceptions import NeedsRay, NotServing
+from serveit.healing import Healer
 from serveit.observe import NullObserver
 from serveit.running.httpjob import Bindings
 from serveit.running.listener import Listener
@@ -87,6 +88,7 @@ class LocalRuntime:
         self._states: dict[str, str] = {}
         self._numbers: dict[str, int] = {}
         self._published = 0
+        self._healer = Healer(self)
         self._exit = contextlib.AsyncExitStack()
         self._tasks: set[asyncio.Task[None]] = set()
         self._scaling, self._publishing, self._closing = asyncio.Lock(), asyncio.Lock(), asyncio.Lock()
@@ -171,23 +173,26 @@ class LocalRuntime:
                 "state": self._states[replica.id],
                 "running": statistics.running,
                 "waiting": statistics.waiting,
+                **self._healer.findings(replica),
             }
         return {
             "app": self.name,
             "url": self.url,
             "state": "DELETING" if self._closed else "RUNNING",
-            "message": "",
+            "message": "; ".join(self._healer.given_up.values()),
             "version": 1,
             "num_replicas": {backend.name: backend.num_replicas for backend in self._spec.backends},
             "backends": backends,
-            "failed": {},
+            "failed": dict(self._healer.given_up),
         }
 
     async def spec(self) -> AppSpec:
         """The app as it is to be."""
         return self._spec
 
-    async def scale(self, backend: str, num_replicas: int, *, wait: bool = True) -> None:
+    async def scale(
+        self, backend: str, num_replicas: int, *, wait: bool = True, forgive: bool = True
+    ) -> None:
         """Change a backend's number of replicas; returns when they are there, and what is too many gone.
 
         One change at a time: each finds what the one before has left.
@@ -196,6 +201,7 @@ class LocalRuntime:
             backend: its name.
             num_replicas: of it.
             wait: it always is waited.
+            forgive: try one anew that was given up.
 
         Raises:
             NotServing: the app is shutting down.
@@ -204,12 +210,13 @@ class LocalRuntime:
         async with self._scaling:
             self._check_open()
             self._spec.scaled(backend, num_replicas)  # raises before anything is changed
+            if forgive:
+                self._healer.forgive(backend)
             own = [replica for replica in self._ready() if replica.backend.name == backend]
             await self._add([self.app.backends[backend]] * (num_replicas - len(own)))
             self._spec = self._spec.scaled(backend, num_replicas)
             going = own[num_replicas:]
-            self._states.update((replica.id, "stopping") for replica in going)
-            await self._see_through(self._withdraw(going))
+            await self._see_through(self.withdraw(going))
 
     async def reroute(self, endpoint: str, weights: Any, shadows: Any) -> None:
         """Change where an endpoint leads. NotServing if the app is shutting down."""
@@ -259,7 +266,9 @@ class LocalRuntime:
             if not is_cancelled():
                 self._check_open()  # it was `aclose` that gave the start up
             raise
-        self._states.update((replica.id, "ready") for replica in new)
+        for replica in new:
+            self._states[replica.id] = "ready"
+            self._healer.watch(replica)
 
     async def _start_replicas(self, replicas: Collection[Replica]) -> None:
         names = ", ".join(dict.fromkeys(replica.backend.name for replica in replicas))
@@ -313,7 +322,7 @@ class LocalRuntime:
             ready: dict[str, list[ReplicaInfo]] = {}
             for replica in self._ready():
                 ready.setdefault(replica.backend.name, []).append(ReplicaInfo(replica.id, replica.id))
-            info = self._spec.published(ready)
+            info = self._healer.told(self._spec.published(ready))
             await self._for_http.update(info)
             await self._for_handles.update(info)
             self._published += 1
@@ -322,10 +331,11 @@ class LocalRuntime:
     def _ready(self) -> list[Replica]:
         return [replica for replica in self._replicas.values() if self._states[replica.id] == "ready"]
 
-    async def _withdraw(self, replicas: Collection[Replica]) -> None:
-        """Tell what serves now, and end these, which do no longer."""
+    async def withdraw(self, replicas: Collection[Replica], limit_s: float | None = None) -> None:
+        """Tell what serves now, and end these, which do no longer, in their own time or this."""
+        self._states.update((replica.id, "stopping") for replica in replicas)
         await self._publish()
-        await self._end_replicas(replicas)
+        await self._end_replicas(replicas, limit_s)
 
     async def _see_through(self, work: Coroutine[Any, Any, None]) -> None:
         """It goes on where whoever waits for it is cancelled; `aclose` waits for it."""
@@ -350,7 +360,7 @@ class LocalRuntime:
         self._for_handles.drain()
         if self.proxy is not None:
             self.ingress.ready = False
-            await _close_proxy(self.proxy, max(limits.values(), default=0.0))
+            await hurried(self.proxy.aclose(max(limits.values(), default=0.0)), self.proxy.force)
         while True:
             spent_s = self.clock.time() - begun
             busy = [replica for replica in limits if not replica.is_idle and limits[replica] > spent_s]
@@ -359,11 +369,13 @@ class LocalRuntime:
             await asyncio.gather(*(replica.idle(limits[replica] - spent_s) for replica in busy))
 
     async def _close_replicas(self) -> None:
+        await outlast(self._healer.aclose())
         await outlast(self._end_all())
 
     async def _end_replicas(self, replicas: Collection[Replica], limit_s: float | None = None) -> None:
         """Let what runs in them end, in their own time or this, and close them."""
         self._states.update((replica.id, "stopping") for replica in replicas)
+        self._healer.leave(replicas)
         await asyncio.gather(*(replica.drain(limit_s) for replica in replicas))
         await asyncio.gather(*(replica.aclose() for replica in replicas))
         for replica in replicas:  # two may have ended it at once
@@ -380,14 +392,3 @@ class LocalRuntime:
         self._for_http.close()
         self._for_handles.close()
         await asyncio.sleep(0)  # the ends of the links
-
-
-async def _close_proxy(proxy: Proxy, timeout_s: float) -> None:
-    """Let its requests end; where this is cancelled, at once."""
-    closing = asyncio.get_running_loop().create_task(proxy.aclose(timeout_s))
-    try:
-        await asyncio.shield(closing)
-    except asyncio.CancelledError:
-        proxy.force()
-        await outlast(closing)
-        raise

@@ -22,7 +22,7 @@ from tests.support import wait_until
 
 pytestmark = pytest.mark.cluster
 
-NUM_KILLS = 3
+NUM_KILLS = 2
 FAILED = {"502, executed: maybe"}
 
 

@@ -174,6 +174,12 @@ def _messages(name: str, app: Mapping[str, Any]) -> list[str]:
         for backend, why in app.get("failed", {}).items()
         if why not in told and f"{backend}: {why}" not in told
     ]
+    told += [
+        f"replica {id} is being replaced: {replica['illness']}"
+        for replicas in app.get("backends", {}).values()
+        for id, replica in replicas.items()
+        if replica.get("illness")
+    ]
     return [f"{name}: {line}" for text in told for line in text.splitlines()]
 
 
