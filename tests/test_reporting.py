@@ -144,6 +144,12 @@ def test_why_it_failed() -> None:
     assert "shop: one was given up: 5 deaths" in lines
 
 
+def test_what_is_wrong_with_a_replica() -> None:
+    ill = {**READY, "state": "unhealthy", "illness": "no GPU"}
+    status = make_status(backends={"one": {"one#1": ill, "one#3": READY}, "two": {"two#2": READY}})
+    assert "shop: replica one#1 is being replaced: no GPU" in status_lines(status)
+
+
 def test_a_reason_is_said_once() -> None:
     lines = status_lines(make_status(state="FAILED", message="5 deaths", failed={"one": "5 deaths"}))
     assert [line for line in lines if "5 deaths" in line] == ["shop: 5 deaths"]
