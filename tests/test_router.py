@@ -447,6 +447,16 @@ class TestIdempotent:
             await inflow.read()
         assert sum(len(rig[replica_id].calls) for replica_id in "ab") == 1
 
+    async def test_a_large_one_is_sent_whole_again(self, rig: Rig) -> None:
+        body = bytes(MAX_INLINE) + b"end"
+        await rig.update("a", idempotent=True)
+        exchange = rig.submit(body=(body,))
+        rig["a"].lose()
+        await rig.update("b", idempotent=True)
+        assert b"".join(frame.body for frame in rig["b"].sent(FrameType.DATA)) == body
+        rig["b"].answer(1)
+        assert exchange.phase == Phase.DONE
+
     async def test_keeps_its_deadline(self, rig: Rig) -> None:
         await rig.update("a", idempotent=True)
         exchange = rig.submit(deadline=rig.clock.time() + 5)

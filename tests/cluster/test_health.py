@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import httpx2
 import pytest
 
 from serveit import App
@@ -131,3 +132,62 @@ async def test_replicas_are_killed_under_load(instance: Instance, tmp_path: Path
     else:
         report.check(max_failed=report.sent // 10)
         assert set(report.failed) == FAILED, "only what ran"
+
+
+def fated() -> App:
+    """An app whose replicas die of a request when they first meet one with its folder."""
+    app = App()
+
+    @app.route("/size", methods=["POST"])
+    @app.backend(num_replicas=2, idempotent=True)
+    class Fated:
+        async def __call__(self, body: bytes, folder: str) -> int:
+            die_once(folder)
+            return len(body)
+
+        async def items(self, folder: str, before: int) -> AsyncIterator[int]:
+            for number in range(3):
+                if number == before:
+                    if before:
+                        await Gate(folder).passed()
+                    die_once(folder)
+                yield number
+
+    return app
+
+
+def die_once(folder: str) -> None:
+    gate = Gate(folder)
+    gate.note("in")
+    if len(gate.notes) == 1:
+        os._exit(1)
+
+
+async def test_what_is_sent_again_and_what_is_not(instance: Instance, tmp_path: Path) -> None:
+    def gate(name: str) -> Gate:
+        (tmp_path / name).mkdir()
+        return Gate(tmp_path / name)
+
+    async with deployed(fated(), "fated") as client:
+        by_http, early, late, task = map(gate, ("http", "early", "late", "task"))
+        body = bytes(1_000_000)
+        async with httpx2.AsyncClient(timeout=SETTLED_S) as http:
+            params = {"folder": str(by_http.folder)}
+            got = await http.post(f"{client.url}/fated/size", params=params, content=body)
+        assert (got.status_code, got.json(), by_http.notes) == (200, len(body), ["in", "in"])
+
+        handle = client.get_handle("Fated")
+        assert [n async for n in handle.items.stream(str(early.folder), 0)] == [0, 1, 2]
+        assert early.notes == ["in", "in"]
+
+        seen = []
+        with pytest.raises(ReplicaDied):
+            async for number in handle.items.stream(str(late.folder), 2):
+                seen.append(number)
+                late.open()
+        assert seen == [0, 1] and late.notes == ["in"], "its answer had begun"
+
+        ref = await handle.remote(b"", str(task.folder))
+        with pytest.raises(Exception, match="died|dead|unavailable|lost"):
+            await asyncio.wait_for(ref, SETTLED_S)
+        assert task.notes == ["in"], "an ObjectRef is one replica's"
