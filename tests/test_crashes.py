@@ -13,7 +13,7 @@ from serveit.control.controller import Controller
 from serveit.control.orders import Deployed, DeployFailed, Started
 from serveit.control.snapshot import Snapshot
 from serveit.control.spec import AppSpec
-from tests.stage import FakeProcess, Stage, serving, spec, version_of
+from tests.stage import FakeProcess, Stage, scaled_to, serving, spec, version_of
 
 STEPS_AFTER = 12
 """The controller still has something to do when its caller has its answer."""
@@ -60,12 +60,12 @@ def deploying_twice(first: AppSpec, second: AppSpec) -> Callable[[Controller], A
 
 
 async def scale_up(controller: Controller) -> object:
-    await controller.scale("app", "b", 3)
+    await controller.update("app", "b", scaled_to(3))
     return await controller.settled("app")
 
 
 async def scale_down(controller: Controller) -> object:
-    await controller.scale("app", "b", 1)
+    await controller.update("app", "b", scaled_to(1))
     return await controller.settled("app")
 
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from serveit.config import BackendConfig
 from serveit.control.plan import (
     TICK_S,
     Action,
@@ -21,7 +22,7 @@ from serveit.control.plan import (
     is_proven,
     plan,
 )
-from serveit.control.snapshot import BackendInfo, EndpointInfo, RouteInfo
+from serveit.control.snapshot import EndpointInfo, RouteInfo
 from serveit.control.spec import AppSpec, BackendSpec
 
 NAMES = ("a", "b", "c")
@@ -47,7 +48,7 @@ def wanted(
         backends: how many replicas of each.
     """
     specs = tuple(
-        BackendSpec(BackendInfo(name, (), 1), num_replicas=number, drain_s=1.0, max_surge=surge)
+        BackendSpec(name, number, BackendConfig(graceful_shutdown_timeout_s=1.0, max_surge=surge))
         for name, number in backends.items()
     )
     leads = {f"/{name}": name for name in backends} | {f"/more/{name}": name for name in more}
@@ -581,7 +582,8 @@ def happen(world: World, event: str, detail: object) -> None:
             world.retarget(version.wanted(max(world.versions) + 1))
         case "scale", (str(name), int(number)):
             if world.target.spec.find(name) is not None:
-                world.respecify(world.target.spec.scaled(name, number))
+                backend = msgspec.structs.replace(world.target.spec.backend(name), num_replicas=number)
+                world.respecify(world.target.spec.with_backend(backend))
         case "go back", _:
             world.go_back()
         case "recover", _:
