@@ -78,8 +78,7 @@ class RunningApp:
         """Whether the target is up. What was given up after it had come up is not waited for."""
         if not is_complete(self.target.wanted, self.states(), self._excused):
             return False
-        own = (r for r in self.replicas.values() if r.is_ready and self.target.runs(r))
-        return all(replica.settings == self.settings_of(replica) for replica in own)
+        return self._is_configured
 
     @property
     def _excused(self) -> list[str]:
@@ -166,6 +165,17 @@ class RunningApp:
         versions = (self.target, self.live, replica.version)
         version = next(v for v in versions if v is not None and v.runs(replica))
         return version.spec.backend(replica.backend).settings
+
+    @property
+    def _is_configured(self) -> bool:
+        """Whether the target's replicas have taken in what they are to be configured by."""
+        own = (r for r in self.replicas.values() if r.is_ready and self.target.runs(r))
+        return all(replica.settings == self.settings_of(replica) for replica in own)
+
+    async def configured(self) -> None:
+        """Wait until they have."""
+        while not self._is_configured:
+            await self.moved.wait()
 
     def to_configure(self) -> list[Replica]:
         """Replicas that are to be given other settings now: one of a backend's first; the others, when it

@@ -23,7 +23,7 @@ from serveit.control.checkpoint import MAX_PAUSE_S, AppRecord, Checkpoint, Check
 from serveit.control.orders import ActorName, Deployed, DeployFailed
 from serveit.control.outcomes import Outcomes
 from serveit.control.owners import Owners
-from serveit.control.processes import backoff_s, pause
+from serveit.control.processes import backoff_s, ended, pause
 from serveit.control.proxies import Proxies
 from serveit.control.publisher import Publisher
 from serveit.control.reconciler import Reconciler
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from serveit.types import Clock
 
 logger = logging.getLogger("serveit.controller")
+
+GO_BACK_S = 10.0
 
 
 class Controller:
@@ -251,8 +253,18 @@ class Controller:
         self._reconciler.publish()
 
     async def settled(self, name: str) -> Deployed | DeployFailed:
-        """What becomes of the last change of an app. KeyError lists the known ones."""
-        return await self.outcomes.settled(self._known(name))
+        """What becomes of the last change of an app. KeyError lists the known ones.
+
+        Where it failed, replicas that had taken it in have gone back by then, if that takes no longer than
+        `GO_BACK_S`.
+        """
+        app = self._known(name)
+        outcome = await self.outcomes.settled(app)
+        if isinstance(outcome, DeployFailed):
+            going_back = asyncio.ensure_future(app.configured())
+            await ended(self._clock, going_back, GO_BACK_S)
+            going_back.cancel()
+        return outcome
 
     async def delete(self, name: str, owner: str | None = None) -> None:
         """End an app: its routes first, then what it runs may end, then its replicas. One that is ending

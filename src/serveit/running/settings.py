@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from serveit.control.orders import Settings
-from serveit.wire.pickles import load
+from serveit.exceptions import EncodingError
+from serveit.wire.pickles import dump, load
 
 if TYPE_CHECKING:
     from serveit.config import BackendConfig
@@ -43,9 +45,18 @@ class LiveSettings:
         """
         self.octets = octets
         self._declared = declared
-        self._user_config = _decode(declared, octets)[1] if octets else None
+        self._user_config = self._user_config_of(octets)
         self._is_certain = True
         self._turn = asyncio.Lock()
+
+    def _user_config_of(self, octets: bytes) -> bytes | None:
+        """Pickled, to be compared: what the code says may be asked for by name later."""
+        pickled = _decode(self._declared, octets)[1] if octets else None
+        if pickled is None and (declared := self._declared.user_config) is not None:
+            with contextlib.suppress(EncodingError):  # then every other one is another
+                _, [dumped] = dump(declared, "user_config", inline=True)
+                pickled = bytes(dumped)
+        return pickled
 
     async def take_in(self, replica: Replica, octets: bytes) -> None:
         """Give them to the replica; its `user_config` only if it is another than the one that it has.
@@ -57,7 +68,7 @@ class LiveSettings:
         async with self._turn:
             if octets == self.octets:
                 return
-            config, user_config = _decode(self._declared, octets)
+            config, user_config = _decode(self._declared, octets)[0], self._user_config_of(octets)
             is_another = user_config != self._user_config or not self._is_certain
             if is_another and config.user_config is None:
                 raise ValueError("it was started without a user_config: there is none to go back to")
