@@ -42,8 +42,8 @@ async def test_what_an_error_says(page: Any) -> None:
 
 async def test_a_model_that_breaks_is_replaced(page: Any) -> None:
     async with testing.local(page.app) as client:
-        assert client.runtime._replicas["Model#1"].instance.has_check
-        client.runtime._replicas["Model#1"].instance._object.is_broken = True
+        (model,) = client.runtime._replicas.ready("Model")
+        model.replica.instance._object.is_broken = True
 
         async def ready() -> list[str]:
             replicas = (await client.status())["backends"]["Model"]

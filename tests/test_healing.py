@@ -143,3 +143,13 @@ async def test_two_at_once() -> None:
         await pass_checks(client)
         await client.clock.settle()
         assert sorted(await replicas(client)) == ["Patient#2", "Patient#4", "Patient#5"]
+
+
+async def test_other_options_hold_from_the_next_check_on() -> None:
+    async with testing.local(hospital()) as client:
+        WARD["ill"].add(1)
+        await client.update("Patient", health_check_period_s=1.0)
+        await client.clock.advance(PERIOD_S)
+        assert list(await replicas(client)) == ["Patient#1"], "the first check was due by the old ones"
+        await client.clock.advance(2)
+        assert list(await replicas(client)) == ["Patient#2"]

@@ -16,7 +16,7 @@ from serveit.observe import NullObserver
 from serveit.running.health import MAX_FAILURES, Checkup
 from serveit.running.replica import Replica
 from serveit.testing import ManualClock
-from tests.stage import Stage, spec, staged
+from tests.stage import Stage, scaled_to, spec, staged
 from tests.support import wait_until
 
 BLOCKED = Health("its event loop has been blocked for 30 s", hangs=True)
@@ -156,7 +156,7 @@ class TestOneThatDoesNotAnswer:
         await stage.deploy(spec(b=2))
         going = stage.launcher.made[1]
         going.may_stop.clear()
-        await stage.controller.scale("app", "b", 1)
+        await stage.controller.update("app", "b", scaled_to(1))
         going.may_tell.clear()
         await stage.clock.advance(60.0)
         assert going.alive and going.looks == 0
@@ -176,7 +176,9 @@ class TestOptions:
 
 
 def _with(spec: AppSpec, **options: float) -> AppSpec:
-    backends = tuple(msgspec.structs.replace(backend, **options) for backend in spec.backends)
+    backends = tuple(
+        msgspec.structs.replace(backend, config=backend.config.merge(**options)) for backend in spec.backends
+    )
     return msgspec.structs.replace(spec, backends=backends)
 
 

@@ -6,6 +6,7 @@ from serveit.control.orders import Deployed
 from serveit.control.publisher import ACKNOWLEDGE_S
 from tests.stage import (
     Stage,
+    scaled_to,
     spec,
     staged,
 )
@@ -60,7 +61,7 @@ class TestWatching:
         await stage.deploy(spec(b=2))
         stage.begin(stage.controller.watch("mute", stage.controller.snapshot.version))
         await stage.clock.settle()
-        await stage.controller.scale("app", "b", 1)
+        await stage.controller.update("app", "b", scaled_to(1))
         await stage.clock.advance(1.0)
         assert len(stage.launcher.of("b")) == 2
         await stage.clock.advance(ACKNOWLEDGE_S)

@@ -6,6 +6,7 @@ import pytest
 from serveit import App
 from serveit.control.snapshot import EndpointInfo, ReplicaInfo, RouteInfo
 from serveit.control.spec import AppSpec, app_spec
+from tests.stage import scaled_to
 
 
 @pytest.fixture
@@ -97,15 +98,15 @@ def test_stands_in_for(new: dict[str, str], old: dict[str, str], stands_in: bool
     assert make_spec(**new).stands_in_for(make_spec(**old), "b") is stands_in
 
 
-def test_scaled(spec: AppSpec) -> None:
-    scaled = spec.scaled("double", 5)
-    assert [b.num_replicas for b in scaled.backends] == [5, 1]
+def test_changed(spec: AppSpec) -> None:
+    changed = spec.changed("double", scaled_to(5))
+    assert [b.num_replicas for b in changed.backends] == [5, 1]
     assert spec.backend("double").num_replicas == 2
-    assert scaled.scaled("double", 2) == spec
-    with pytest.raises(ValueError, match="num_replicas must not be negative, got -1"):
-        spec.scaled("double", -1)
+    assert changed.changed("double", scaled_to(2)) == spec
+    with pytest.raises(ValueError, match="num_replicas must be ≥ 1, got -1"):
+        spec.changed("double", scaled_to(-1))
     with pytest.raises(KeyError, match="app 'main' has no backend 'dubble': did you mean 'double'?"):
-        spec.scaled("dubble", 1)
+        spec.changed("dubble", scaled_to(1))
 
 
 def test_rerouted(spec: AppSpec) -> None:

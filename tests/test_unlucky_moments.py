@@ -13,7 +13,7 @@ from serveit.control.processes import Node
 from serveit.control.proxies import OTHERS_S
 from serveit.control.reconciler import MAX_SILENT_DEATHS
 from serveit.control.spec import check_app_name
-from tests.stage import Stage, spec, staged
+from tests.stage import Stage, scaled_to, spec, staged
 from tests.test_controller import proxy_order
 
 
@@ -284,6 +284,6 @@ class TestBackendsThatAreGivenUp:
             await stage.clock.advance(5.0)
         told = {backend.name: backend.given_up for backend in stage.controller.snapshot.apps[0].backends}
         assert "5 replicas of backend 'b' died within 60 s" in told["b"] and told["c"] == ""
-        await stage.controller.scale("app", "b", 1)
+        await stage.controller.update("app", "b", scaled_to(1))
         await stage.clock.settle()
         assert not any(backend.given_up for backend in stage.controller.snapshot.apps[0].backends)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from functools import partial
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -16,26 +15,22 @@ import msgspec
 from serveit.control.processes import pause
 from serveit.control.replicas import Version
 from serveit.exceptions import NotServing
-from serveit.running.health import Checkup
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from serveit.control.orders import Health
     from serveit.control.snapshot import AppInfo
     from serveit.local import LocalRuntime
-    from serveit.running.replica import Replica
+    from serveit.local_replicas import LocalReplica
 
 logger = logging.getLogger("serveit.local")
 
 
 class Healer:
-    """All mutable state: `_checkups` (of replicas that serve), `_version` (how backends fare; None before
-    anything has fallen ill) and `_tasks` (that replace what has)."""
+    """All mutable state: `_version` (how backends fare; None before anything has fallen ill) and `_tasks`
+    (that replace what has)."""
 
     def __init__(self, runtime: LocalRuntime) -> None:
         self._runtime = runtime
-        self._checkups: dict[str, Checkup] = {}
         self._version: Version | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -43,25 +38,6 @@ class Healer:
     def given_up(self) -> dict[str, str]:
         """Why, by backend."""
         return {} if self._version is None else self._version.given_up
-
-    def findings(self, replica: Replica) -> dict[str, str]:
-        """What is wrong with a replica, for the status."""
-        checkup = self._checkups.get(replica.id)
-        return {"illness": checkup.health.illness} if checkup and checkup.health.illness else {}
-
-    def watch(self, replica: Replica) -> None:
-        """It serves from now on."""
-        self._checkups[replica.id] = Checkup(replica, partial(self._fell_ill, replica))
-        self._checkups[replica.id].start()
-
-    def leave(self, replicas: Iterable[Replica]) -> None:
-        """They are being ended: nothing is checked any more."""
-        for replica in replicas:
-            checkup = self._checkups.get(replica.id)
-            if checkup is not None:
-                checkup.stop()
-                if not checkup.health.illness:  # else its status tells of it to its end
-                    del self._checkups[replica.id]
 
     def forgive(self, backend: str) -> None:
         """Somebody has changed it: try it as if nothing had happened."""
@@ -83,20 +59,17 @@ class Healer:
         if self._tasks:
             await asyncio.wait(self._tasks)
 
-    def _fell_ill(self, replica: Replica, health: Health) -> None:
-        logger.error("replica %s is unhealthy: %s; another takes its place", replica.id, health.illness)
-        task = asyncio.get_running_loop().create_task(self._replace(replica, health))
+    def fell_ill(self, known: LocalReplica, health: Health) -> None:
+        """It is not to be used any more: replace it."""
+        logger.error("replica %s is unhealthy: %s; another takes its place", known.replica.id, health.illness)
+        task = asyncio.get_running_loop().create_task(self._replace(known, health))
         self._tasks.add(task)
         task.add_done_callback(self._done)
 
-    async def _replace(self, replica: Replica, health: Health) -> None:
-        backend = replica.backend.name
-        await self._count(backend, f"replica {replica.id} was unhealthy: {health.illness}")
-        withdrawing = self._runtime.withdraw([replica], 0.0 if health.hangs else None)
-        try:
-            await asyncio.gather(withdrawing, self._fill_up(backend))
-        finally:
-            del self._checkups[replica.id]
+    async def _replace(self, known: LocalReplica, health: Health) -> None:
+        await self._count(known.backend, f"replica {known.replica.id} was unhealthy: {health.illness}")
+        withdrawing = self._runtime.withdraw([known], 0.0 if health.hangs else None)
+        await asyncio.gather(withdrawing, self._fill_up(known.backend))
 
     async def _fill_up(self, backend: str) -> None:
         """Start what is missing, however often that takes."""
@@ -104,9 +77,8 @@ class Healer:
         while backend not in self.given_up:
             version = await self._current()
             await pause(clock, version.wanted.not_before.get(backend, 0.0) - clock.time())
-            wanted = (await runtime.spec()).backend(backend).num_replicas
             try:
-                await runtime.scale(backend, wanted, forgive=False)
+                await runtime.fill_up(backend)
             except NotServing:
                 return  # it is being closed
             except Exception as error:

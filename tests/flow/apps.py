@@ -282,3 +282,56 @@ changed = App()
 async def steady(number: int) -> tuple[int, str]:
     await asyncio.sleep(0.001)
     return number, context().replica
+
+
+# -- what is configured while it serves ----------------------------------------------------------
+
+tuned = App()
+
+
+@tuned.route("/limit/<number:int>")
+@tuned.backend(num_replicas=2, user_config={"limit": 10})
+class Limit:
+    """Notes each configuration that it is given; a limit below 0 it refuses."""
+
+    def __init__(self) -> None:
+        self.given: list[Any] = []
+        self.limit = 0
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        self.given.append(user_config)
+        limit = user_config.get("limit", 0)
+        if limit < 0:
+            raise OwnError(f"a limit of {limit}", 7)
+        self.limit = limit
+
+    async def __call__(self, number: int) -> bool:
+        return number <= self.limit
+
+    async def told(self) -> tuple[str, int, list[Any], int]:
+        return context().replica, os.getpid(), self.given, self.limit
+
+
+@tuned.backend(max_batch_size=2, batch_wait_timeout_s=30.0)
+class Sizes:
+    async def __call__(self, numbers: list[int]) -> list[int]:
+        return [len(numbers)] * len(numbers)
+
+
+@tuned.route("/held")
+@tuned.backend(max_ongoing_requests=1)
+async def held(folder: str) -> str:
+    gate = Gate(folder)
+    with gate.inside():
+        await gate.passed()
+    return "done"
+
+
+@tuned.backend(num_threads=1)
+def threads(seconds: float = 0.0) -> tuple[str, str]:
+    return context().replica, threading.current_thread().name
+
+
+@tuned.backend
+async def untouched() -> tuple[str, int]:
+    return context().replica, os.getpid()

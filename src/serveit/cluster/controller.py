@@ -18,6 +18,7 @@ from serveit.cluster.store import RayStore
 from serveit.control.controller import Controller
 from serveit.control.orders import (
     CONTROLLER,
+    BackendChange,
     Deployed,
     DeployFailed,
     Deploying,
@@ -150,9 +151,9 @@ class ControllerActor(Actor):
         last = msgspec.msgpack.decode(seen, type=Deploying) if seen else None
         return encode(await controller.outcomes.progressed(name, version, last))
 
-    async def scale(self, name: str, backend: str, num_replicas: int, wait: bool) -> bytes:
+    async def update(self, name: str, backend: str, wanted: bytes, wait: bool) -> bytes:
         controller = await self._begun()
-        await controller.scale(name, backend, num_replicas)
+        await controller.update(name, backend, msgspec.msgpack.decode(wanted, type=BackendChange))
         return encode(await controller.settled(name) if wait else Deployed(controller.snapshot.version))
 
     async def reroute(self, name: str, endpoint: str, weights: list[Any], shadows: list[Any]) -> None:

@@ -20,6 +20,7 @@ from serveit.cluster.session import open_session
 from serveit.cluster.shipping import spec_of
 from serveit.config import HTTPOptions
 from serveit.control.orders import (
+    BackendChange,
     Deployed,
     DeployFailed,
     Deploying,
@@ -171,10 +172,12 @@ class InstanceApp:
         """The app as it is to be."""
         return msgspec.msgpack.decode(await ask(self._controller, "describe", self._name), type=AppSpec)
 
-    async def scale(self, backend: str, num_replicas: int, *, wait: bool = True) -> None:
-        """Change a backend's number of replicas; returns when they are there, or, told not to wait, when
-        they are sure to come."""
-        octets = await ask(self._controller, "scale", self._name, backend, num_replicas, wait, timeout_s=None)
+    async def update(self, backend: str, wanted: BackendChange, *, wait: bool = True) -> None:
+        """Change a backend's options; returns when they are in force, or, told not to wait, when they are
+        sure to be tried."""
+        octets = await ask(
+            self._controller, "update", self._name, backend, encode(wanted), wait, timeout_s=None
+        )
         outcome = decode_deployed(octets)
         assert not isinstance(outcome, Deploying), "nobody has asked how far it is"
         _check(outcome)

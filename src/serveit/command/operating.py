@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from serveit.client import AppClient
 from serveit.command.reporting import Route, routes_of
-from serveit.config import BackendConfig, did_you_mean
+from serveit.config import did_you_mean
+from serveit.control.orders import BackendChange
 from serveit.declare.traffic import parse_traffic
 
 if TYPE_CHECKING:
@@ -127,8 +128,7 @@ async def scale(instance: Instance, app: str, numbers: Mapping[str, int]) -> dic
     """Change numbers of replicas, one backend after the other; a mistake in any changes none."""
     spec = await _spec(instance, app)
     for backend, number in numbers.items():
-        spec.backend(backend)
-        BackendConfig(num_replicas=number)
+        spec.changed(backend, BackendChange({"num_replicas": number}))
     client = AppClient(instance.app(app))
     for backend, number in numbers.items():
         await client.update(backend, num_replicas=number)

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from serveit.clock import LoopClock
+from serveit.control.adoption import restored
 from serveit.control.apps import RunningApp, no_app
 from serveit.control.checkpoint import MAX_PAUSE_S, AppRecord, Checkpoint, Checkpoints
 from serveit.control.orders import ActorName, Deployed, DeployFailed
 from serveit.control.outcomes import Outcomes
 from serveit.control.owners import Owners
-from serveit.control.processes import backoff_s, pause
+from serveit.control.processes import backoff_s, ended, pause
 from serveit.control.proxies import Proxies
 from serveit.control.publisher import Publisher
 from serveit.control.reconciler import Reconciler
@@ -31,16 +32,17 @@ from serveit.control.starting import Surroundings
 from serveit.exceptions import NotServing
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
+    from serveit.control.adoption import Home, Origin
     from serveit.control.checkpoint import Store
-    from serveit.control.orders import ProxyOrder, Started, StartFailed
+    from serveit.control.orders import BackendChange, ProxyOrder, Started, StartFailed
     from serveit.control.processes import Launcher
     from serveit.control.snapshot import Snapshot
     from serveit.control.spec import AppSpec
     from serveit.types import Clock
 
 logger = logging.getLogger("serveit.controller")
+
+GO_BACK_S = 10.0
 
 
 class Controller:
@@ -133,10 +135,11 @@ class Controller:
             return
         logger.info("a controller has started anew: it takes over %d actors", len(names))
         self._to_remove = kept.leaving
-        homes, leaving = {}, []
+        homes: dict[Origin, Home] = {}
+        leaving = []
         for record in (*kept.leaving, *kept.apps.values()):
-            app, versions = _restored(record)
-            homes.update({(app.name, number): (app, version) for number, version in versions.items()})
+            app, its_homes = restored(record)
+            homes |= its_homes
             if record.leaving:
                 leaving.append(app)
             else:
@@ -186,38 +189,54 @@ class Controller:
                 self.owners.check(app.target.spec, spec.owner)
             spec.check_routes(v.spec for other in self._apps.values() for v in other.versions)
             version = Version(self._version + 1, spec)
-            await self._keep(
-                spec.name,
-                AppRecord((version.record,), version.number, changing=True)
-                if app is None
-                else app.record.retargeted(version.record),
-                version=version.number,
-            )
-            self.check_open()
-            self._version += 1
-            app = self._apps.get(spec.name)  # a failed change may have ended it meanwhile
-            if app is None:
-                app = self._apps[spec.name] = RunningApp(version)
-            else:
-                app.begin(version)
-            self.outcomes.remember(app)
+            app = await self._retarget(app, version)
         self._reconciler.reconcile(app)
         return version.number
 
-    async def scale(self, name: str, backend: str, num_replicas: int) -> None:
-        """Change a backend's number of replicas; `settled` waits for it. A backend that was given up is
-        tried anew.
+    async def _retarget(self, app: RunningApp | None, version: Version) -> RunningApp:
+        """Keep, and then set, that an app is to be another version of itself; the first one, for None."""
+        name = version.spec.name
+        record = (
+            AppRecord((version.record,), version.number, changing=True)
+            if app is None
+            else app.record.retargeted(version.record)
+        )
+        await self._keep(name, record, version=version.number)
+        self.check_open()
+        self._version += 1
+        app = self._apps.get(name)  # a failed change may have ended it meanwhile
+        if app is None:
+            app = self._apps[name] = RunningApp(version)
+        else:
+            app.begin(version)
+        self.outcomes.remember(app)
+        return app
+
+    async def update(self, name: str, backend: str, wanted: BackendChange) -> None:
+        """Change the options of a backend; `settled` waits for it. Its replicas take them in while they run,
+        where they can; else they are replaced, turn by turn, and those of other backends run on. A backend
+        that was given up is tried anew.
+
+        Args:
+            name: of the app.
+            backend: of it.
+            wanted: what is to be another than now.
 
         Raises:
             KeyError: no such app or backend.
-            ValueError: a negative number.
+            TypeError, ValueError: an option that there is not, or a value that does not fit.
             OSError: the change cannot be kept, and is not made.
         """
         async with self._checkpoints.changing:
-            await self._keep(name, self._known(name).record.scaled(backend, num_replicas))
             app = self._known(name)
-            app.scale(backend, num_replicas)
-        self._reconciler.reconcile(app)
+            spec, number = app.target.spec, app.target.number
+            changed = spec.changed(backend, wanted)
+            if spec.backend(backend).config.needs_new_replicas(changed.backend(backend).config):
+                await self._retarget(app, Version(self._version + 1, changed.as_next(number, backend)))
+            else:
+                await self._keep(name, app.record.updated(backend, wanted))
+                self._known(name).update(backend, wanted)  # a failed change may have ended it meanwhile
+        self._reconciler.reconcile(self._known(name))
 
     async def reroute(self, name: str, endpoint: str, weights: list[Any], shadows: list[Any]) -> None:
         """Change where an endpoint leads, in a new version that is coming up, too.
@@ -234,8 +253,18 @@ class Controller:
         self._reconciler.publish()
 
     async def settled(self, name: str) -> Deployed | DeployFailed:
-        """What becomes of the last change of an app. KeyError lists the known ones."""
-        return await self.outcomes.settled(self._known(name))
+        """What becomes of the last change of an app. KeyError lists the known ones.
+
+        Where it failed, replicas that had taken it in have gone back by then, if that takes no longer than
+        `GO_BACK_S`.
+        """
+        app = self._known(name)
+        outcome = await self.outcomes.settled(app)
+        if isinstance(outcome, DeployFailed):
+            going_back = asyncio.ensure_future(app.configured())
+            await ended(self._clock, going_back, GO_BACK_S)
+            going_back.cancel()
+        return outcome
 
     async def delete(self, name: str, owner: str | None = None) -> None:
         """End an app: its routes first, then what it runs may end, then its replicas. One that is ending
@@ -391,9 +420,3 @@ class Controller:
         if app is None:
             raise KeyError(f"there is no app {name!r}; running: {', '.join(sorted(self._apps)) or 'none'}")
         return app
-
-
-def _restored(record: AppRecord) -> tuple[RunningApp, Mapping[int, Version]]:
-    """An app, and those of its versions of which replicas may run, by number."""
-    versions = {version.number: Version.of(version) for version in record.versions}
-    return RunningApp.of(record, versions), versions

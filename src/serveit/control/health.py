@@ -65,7 +65,7 @@ async def _falls_ill(replica: Replica, clock: Clock) -> Health | None:
     process = replica.process
     assert process is not None, "it has started"
     while True:
-        options = replica.version.spec.backend(replica.backend)  # they may change while it runs
+        options = replica.version.spec.backend(replica.backend).config  # they may change while it runs
         await pause(clock, options.health_check_period_s)
         if replica.ending is not None:
             return None

@@ -10,7 +10,17 @@ import asyncio
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
-    from serveit.control.orders import Health, Leaving, ProxyOrder, ReplicaOrder, Started, StartFailed
+    from collections.abc import Iterable
+
+    from serveit.control.orders import (
+        Configured,
+        Health,
+        Leaving,
+        ProxyOrder,
+        ReplicaOrder,
+        Started,
+        StartFailed,
+    )
     from serveit.types import Clock
 
 BACKOFF_S, MAX_BACKOFF_S = 0.5, 30.0
@@ -28,6 +38,9 @@ class Process(Protocol):
 
     async def start(self) -> Started | StartFailed | Leaving:
         """Order it to become what it is for; the same again, if that was asked before. Raises ProcessDied."""
+
+    async def configure(self, settings: bytes) -> Configured | StartFailed | Leaving:
+        """Let a replica that runs take in other `Settings`; what it said of that. Raises ProcessDied."""
 
     async def status(self) -> dict[str, Any]:
         """What it is doing; empty if it does not say."""
@@ -111,3 +124,9 @@ async def ended(clock: Clock, future: asyncio.Future[Any], timeout_s: float) -> 
     finally:
         timer.cancel()
     return future.done()
+
+
+async def all_done(tasks: Iterable[asyncio.Task[None]]) -> None:
+    """Wait for all of these, whatever becomes of them."""
+    if pending := list(tasks):
+        await asyncio.wait(pending)

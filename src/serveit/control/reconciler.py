@@ -9,22 +9,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from serveit.control.apps import RunningApp
 from serveit.control.health import last_of
-from serveit.control.orders import ActorName, Deployed, DeployFailed, Health, Leaving
+from serveit.control.orders import ActorName, Configured, Deployed, DeployFailed, Leaving, StartFailed
 from serveit.control.plan import Start, Stop, Wait, plan
-from serveit.control.processes import ProcessDied, ended
-from serveit.control.replicas import Replica, Version
+from serveit.control.processes import ProcessDied, all_done, ended
+from serveit.control.replicas import Replica, Version, answered
 from serveit.control.starting import Starter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable
+    from collections.abc import Callable, Coroutine, Iterable, Mapping
 
+    from serveit.control.adoption import Home, Origin
+    from serveit.control.apps import RunningApp
     from serveit.control.checkpoint import Checkpoint
-    from serveit.control.orders import ReplicaOrder, Started
+    from serveit.control.orders import Health, ReplicaOrder, Started
     from serveit.control.processes import Launcher, Process
     from serveit.control.publisher import Publisher
     from serveit.control.starting import Surroundings
@@ -41,10 +41,6 @@ STRAY_DRAIN_S = 30.0
 ADOPT_S = 1.5
 """What replicas that a controller before this one has started get to answer, until callers are told of
 those that have."""
-
-
-Homes = Mapping[tuple[str, int], tuple[RunningApp, Version]]
-"""Where a replica belongs, by the name of its app and the number of its version."""
 
 
 class Reconciler:
@@ -130,7 +126,7 @@ class Reconciler:
             name: of the app.
             owner: only this one's; None for anybody's.
         """
-        await _all([end for app, end in self._removals.items() if app.name == name and app.is_of(owner)])
+        await all_done([end for app, end in self._removals.items() if app.name == name and app.is_of(owner)])
 
     async def _removed(self, app: RunningApp) -> None:
         try:
@@ -139,7 +135,7 @@ class Reconciler:
             endings = [self._end(app, replica) for replica in app.replicas.values()]
             self.publish()
         await self._publisher.acknowledged(self._publisher.snapshot.version)
-        await _all(endings)
+        await all_done(endings)
 
     async def _let_end(self, app: RunningApp) -> None:
         """Without its routes, until nothing runs: what one of its requests calls is to be there still."""
@@ -153,7 +149,7 @@ class Reconciler:
 
     async def ended(self) -> None:
         """Wait for all replicas that are being ended by now."""
-        await _all(self._endings)
+        await all_done(self._endings)
 
     async def aclose(self) -> None:
         """End all apps, and wait for all of them, and all replicas, that are being ended."""
@@ -161,12 +157,12 @@ class Reconciler:
         for app in list(self.apps.values()):
             self.remove(app)
         late = self._clock.call_later(2 * self.drain_s + LATE_S, self._kill_all)
-        await _all(self._removals.values())
+        await all_done(self._removals.values())
         await self.ended()
         late.cancel()
         for task in self._tasks:
             task.cancel()
-        await _all(self._tasks)
+        await all_done(self._tasks)
 
     def _kill_all(self) -> None:
         """What an update has given more time than there is now."""
@@ -198,6 +194,9 @@ class Reconciler:
                     self._end(app, app.replicas[id])
                 case Wait(until):
                     app.look_again(self._clock.call_later(until - now, self.reconcile, app))
+        for replica in app.to_configure():
+            replica.taking_in = app.settings_of(replica)
+            self._run(self._configure(app, replica, replica.taking_in))
         self.publish()
         if before != (app.live, app.target.proven) or (complete and app.changing):
             self._on_change()
@@ -219,7 +218,7 @@ class Reconciler:
         self._starter.surroundings = self.surroundings._replace(token=kept.token, secret=kept.secret)
         self.number = kept.number
 
-    async def adopt(self, homes: Homes, found: Iterable[ActorName]) -> None:
+    async def adopt(self, homes: Mapping[Origin, Home], found: Iterable[ActorName]) -> None:
         """Take over the replicas that run; returns when it is known which of them are ready, or nearly so.
 
         Args:
@@ -230,16 +229,15 @@ class Reconciler:
         looking: list[Replica] = []
         for name in found:
             self.number = max(self.number, name.number)
-            app, version = homes.get((name.app, name.version), (None, None))
-            is_ours = name.token == self.surroundings.token
-            if not is_ours or app is None or version is None or version.spec.find(name.backend) is None:
+            app, version = homes.get((name.app, name.backend, name.version), (None, None))
+            if name.token != self.surroundings.token or app is None or version is None:
                 self.dismiss(str(name))
                 continue
             replica = Replica(name.replica, name.backend, version, adopted=True)
             app.replicas[name.replica] = replica
             looking.append(replica)
             self._run(self._supervise(app, replica, self._launcher.adopt))
-        answers = self._run(_answered(looking))
+        answers = self._run(answered(looking))
         await ended(self._clock, answers, ADOPT_S)
         answers.cancel()
         self._adopting = False
@@ -283,12 +281,12 @@ class Reconciler:
         last = await last_of(replica, self._clock)
         if replica.ending is not None:
             return
-        if isinstance(last, Health):
-            self._replace(app, replica, last)
-        else:
+        if isinstance(last, str):
             del app.replicas[replica.id]
             logger.error("replica %s of app %r died: %s", replica.id, app.name, last)
             self._count(app, replica, f"replica {replica.id} died: {last}")
+        else:
+            self._replace(app, replica, last)
 
     def _replace(self, app: RunningApp, replica: Replica, health: Health) -> None:
         """It is not well: nobody is sent there any more, another comes in its place. What it runs may end,
@@ -298,6 +296,29 @@ class Reconciler:
         replica.health = health
         self._end(app, replica)
         self._count(app, replica, f"replica {replica.id} was unhealthy: {health.illness}")
+
+    async def _configure(self, app: RunningApp, replica: Replica, settings: bytes) -> None:
+        """Give a replica other settings while it serves. Where it cannot take them in, the change that
+        asked for them fails; one that cannot go back, either, is replaced."""
+        assert replica.process is not None, "it is ready"
+        try:
+            outcome = await replica.process.configure(settings)
+        except ProcessDied:
+            return  # whoever supervises it sees that, too
+        finally:
+            replica.taking_in = None
+        if isinstance(outcome, Configured):
+            replica.settings = settings
+        elif isinstance(outcome, StartFailed):
+            replica.settings = b""  # some of it may have come into force
+            logger.error("app %r: replica %s: %s", app.name, replica.id, outcome.text)
+            is_wanted = settings == app.settings_of(replica)
+            if is_wanted and app.hangs_on(replica):
+                text = f"replica {replica.id} cannot take in its new configuration: {outcome.text}"
+                self._fail(app, DeployFailed(text, outcome))
+            elif is_wanted and replica.ending is None:
+                self._end(app, replica)
+        self.reconcile(app)
 
     def _not_started(self, app: RunningApp, replica: Replica, failed: DeployFailed, *, silent: bool) -> None:
         """What raises while it starts fails the change that hangs on it, what dies in silence is tried
@@ -375,13 +396,3 @@ class Reconciler:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("a task of the controller failed", exc_info=error)
-
-
-async def _answered(replicas: Iterable[Replica]) -> None:
-    for replica in replicas:
-        await replica.answered.wait()
-
-
-async def _all(tasks: Iterable[asyncio.Task[None]]) -> None:
-    if pending := list(tasks):
-        await asyncio.wait(pending)
