@@ -70,7 +70,7 @@ async def scale_down(controller: Controller) -> object:
 
 
 async def reroute(controller: Controller) -> None:
-    await controller.reroute("app", "/b", [["b", 0.5], ["c", 0.5]], [])
+    await controller.reroute("app", "/b", {"b": 0.5, "c": 0.5}, {})
 
 
 async def delete(controller: Controller) -> None:
@@ -95,7 +95,7 @@ CHANGES = {
     ),
     "more replicas": Change(OLD, scale_up, spec(b=3, c=1), {"b": 2, "c": 1}, 1),
     "fewer replicas": Change(OLD, scale_down, spec(b=1, c=1), {"b": 1, "c": 1}),
-    "other traffic": Change(OLD, reroute, OLD.rerouted("/b", [("b", 0.5), ("c", 0.5)], []), {"b": 2, "c": 1}),
+    "other traffic": Change(OLD, reroute, OLD.rerouted("/b", {"b": 0.5, "c": 0.5}, {}), {"b": 2, "c": 1}),
     "a delete": Change(OLD, delete, None),
 }
 

@@ -283,7 +283,7 @@ async def test_traffic_does_not_wait_for_constructors() -> None:
     runtime = await made.serve()
     up = asyncio.ensure_future(runtime.scale("Model", 2))
     await made.begins(2)
-    await runtime.reroute("/model", [("Model", 1.0)], [("Model", 0.5)])
+    await runtime.reroute("/model", {"Model": 1.0}, {"Model": 0.5})
     made.let(1)
     await up
     spec = await runtime.spec()
@@ -305,7 +305,7 @@ async def test_an_end_gives_up_a_change(begun: bool) -> None:
     await asyncio.sleep(0)
     late = asyncio.ensure_future(runtime.scale("Model", 2))
     with pytest.raises(NotServing, match="app 'default' is shutting down"):
-        await runtime.reroute("/model", [], [])
+        await runtime.reroute("/model", {}, {})
     made.let(1)
     await asyncio.wait_for(closing, 5)
     for change in (up, waits, late):

@@ -33,7 +33,7 @@ class TestWatching:
     async def test_versions_grow(self, stage: Stage) -> None:
         before = stage.controller.snapshot.version
         await stage.deploy(spec(b=1))
-        await stage.controller.reroute("app", "/b", [["b", 1.0]], [])
+        await stage.controller.reroute("app", "/b", {"b": 1.0}, {})
         assert stage.controller.snapshot.version == (before[0], before[1] + 1), "nothing new, nothing said"
 
     async def test_who_is_forgotten_is_let_go(self, stage: Stage) -> None:

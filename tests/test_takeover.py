@@ -33,7 +33,7 @@ class TestChanges:
             stage.controller.deploy(spec(b=2)),
             stage.controller.deploy(spec("other", d=1)),
             stage.controller.scale("app", "b", 5),
-            stage.controller.reroute("app", "/b", [["c", 1.0]], []),
+            stage.controller.reroute("app", "/b", {"c": 1.0}, {}),
             stage.controller.delete("app"),
         ):
             with pytest.raises(OSError, match="does not answer"):
@@ -109,7 +109,7 @@ class TestChanges:
         await check()
         await stage.controller.scale("app", "c", 2)
         await check()
-        await stage.controller.reroute("app", "/b", [["c", 1.0]], [["b", 0.5]])
+        await stage.controller.reroute("app", "/b", {"c": 1.0}, {"b": 0.5})
         await check()
         await stage.controller.deploy(spec(b=2))
         await check()
@@ -253,7 +253,7 @@ class TestTheInstance:
     async def test_keeps_its_traffic_and_numbers(self, stage: Stage) -> None:
         await stage.deploy(spec(b=1, c=1))
         await stage.controller.scale("app", "b", 2)
-        await stage.controller.reroute("app", "/b", [["b", 0.5], ["c", 0.5]], [])
+        await stage.controller.reroute("app", "/b", {"b": 0.5, "c": 0.5}, {})
         await stage.clock.settle()
         before = stage.controller.snapshot.apps
         await stage.follow()

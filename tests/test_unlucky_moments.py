@@ -119,7 +119,7 @@ class TestTraffic:
         stage.launcher.eager = False
         updating = await stage.deploying(spec(b=1, c=1))
         await stage.clock.settle()
-        await stage.controller.reroute("app", "/b", [["c", 1.0]], [])
+        await stage.controller.reroute("app", "/b", {"c": 1.0}, {})
         assert stage.controller.snapshot.apps[0].endpoints[0].weights == (("c", 1.0),), "at once"
         stage.launcher.made[-1].fail(ValueError("no"))
         await stage.clock.settle()

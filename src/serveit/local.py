@@ -31,7 +31,7 @@ from serveit.wire.memory import memory_pair
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Collection, Coroutine
+    from collections.abc import Collection, Coroutine, Mapping
 
     from serveit.config import HTTPOptions
     from serveit.declare.app import App
@@ -211,7 +211,9 @@ class LocalRuntime:
             self._states.update((replica.id, "stopping") for replica in going)
             await self._see_through(self._withdraw(going))
 
-    async def reroute(self, endpoint: str, weights: Any, shadows: Any) -> None:
+    async def reroute(
+        self, endpoint: str, weights: Mapping[str, float] | None, shadows: Mapping[str, float]
+    ) -> None:
         """Change where an endpoint leads. NotServing if the app is shutting down."""
         self._check_open()
         self._spec = self._spec.rerouted(endpoint, weights, shadows)

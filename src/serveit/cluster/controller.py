@@ -155,7 +155,9 @@ class ControllerActor(Actor):
         await controller.scale(name, backend, num_replicas)
         return encode(await controller.settled(name) if wait else Deployed(controller.snapshot.version))
 
-    async def reroute(self, name: str, endpoint: str, weights: list[Any], shadows: list[Any]) -> None:
+    async def reroute(
+        self, name: str, endpoint: str, weights: dict[str, float] | None, shadows: dict[str, float]
+    ) -> None:
         controller = await self._begun()
         await controller.reroute(name, endpoint, weights, shadows)
         await controller.acknowledged(controller.snapshot.version)

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from serveit.client import AppClient
 from serveit.command.reporting import Route, routes_of
 from serveit.config import BackendConfig, did_you_mean
-from serveit.declare.traffic import parse_traffic
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from serveit.cluster.instance import Instance
     from serveit.config import HTTPOptions
     from serveit.control.orders import Deploying
-    from serveit.control.snapshot import EndpointInfo
     from serveit.control.spec import AppSpec
     from serveit.declare.app import App
 
@@ -148,17 +146,12 @@ async def traffic(
         shadows: those that change.
     """
     spec = await _spec(instance, app)
-    found = _endpoint(spec, endpoint)
-    parsed = parse_traffic(
-        weights or dict(found.weights),
-        {**dict(found.shadows), **shadows},
-        [backend.name for backend in spec.backends],
-        f"endpoint {found.name!r}",
-    )
-    await instance.app(app).reroute(found.name, parsed.weights, parsed.shadows)
-    changed = Route("", (), app, found.name, parsed.weights, parsed.shadows)
-    paths = [route for route in routes_of([spec]) if route.endpoint == found.name]
-    return paths[0]._replace(weights=parsed.weights, shadows=parsed.shadows) if paths else changed
+    name = _endpoint(spec, endpoint)
+    changed = spec.rerouted(name, weights or None, shadows)  # raises before anything is changed
+    await instance.app(app).reroute(name, weights or None, shadows)
+    found = changed.endpoint(name)
+    alone = Route("", (), app, name, found.weights, found.shadows)
+    return next((route for route in routes_of([changed]) if route.endpoint == name), alone)
 
 
 async def delete(instance: Instance, name: str) -> None:
@@ -188,14 +181,22 @@ def _check_known(name: str, known: Mapping[str, Any]) -> None:
         raise KeyError(f"no app {name!r} runs: {did_you_mean(name, list(known))}")
 
 
-def _endpoint(spec: AppSpec, name: str) -> EndpointInfo:
-    """An endpoint goes by its route's name; its path, with the prefix, says it as well."""
-    paths = {route.prefix + route.pattern: route.endpoint for route in spec.routes}
-    ends = {endpoint.name: endpoint for endpoint in spec.endpoints}
-    found = ends.get(name) or ends.get(paths.get(name, ""))
-    if found is None:
-        raise KeyError(f"app {spec.name!r} has no endpoint {name!r}: {did_you_mean(name, [*ends, *paths])}")
-    return found
+def _endpoint(spec: AppSpec, name: str) -> str:
+    """An endpoint goes by its route's name; its path says it as well, with the prefix or without."""
+    ends = [endpoint.name for endpoint in spec.endpoints]
+    if name in ends:
+        return name
+    found = [r.endpoint for r in spec.routes if name in (r.prefix + r.pattern, r.pattern)]
+    if len(found) > 1:
+        raise KeyError(
+            f"{name!r} of app {spec.name!r} is several endpoints, by method: say "
+            f"{' or '.join(map(repr, found))}"
+        )
+    if not found:
+        paths = [route.prefix + route.pattern for route in spec.routes]
+        known = list(dict.fromkeys([*ends, *paths]))
+        raise KeyError(f"app {spec.name!r} has no endpoint {name!r}: {did_you_mean(name, known)}")
+    return found[0]
 
 
 # -- running them --------------------------------------------------------------------------------

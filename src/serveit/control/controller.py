@@ -219,11 +219,20 @@ class Controller:
             app.scale(backend, num_replicas)
         self._reconciler.reconcile(app)
 
-    async def reroute(self, name: str, endpoint: str, weights: list[Any], shadows: list[Any]) -> None:
+    async def reroute(
+        self, name: str, endpoint: str, weights: Mapping[str, float] | None, shadows: Mapping[str, float]
+    ) -> None:
         """Change where an endpoint leads, in a new version that is coming up, too.
 
+        Args:
+            name: of the app.
+            endpoint: its name.
+            weights: all of them; None to leave them.
+            shadows: those that change; 0 ends one.
+
         Raises:
-            KeyError: no such app, endpoint or backend.
+            KeyError: no such app or endpoint.
+            ValueError: it cannot lead there: see `AppSpec.rerouted`.
             OSError: the change cannot be kept, and is not made.
         """
         async with self._checkpoints.changing:
