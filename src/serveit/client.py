@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 from serveit.config import BackendConfig, did_you_mean
 from serveit.control.spec import check_app_name
 from serveit.declare.app import App
+from serveit.declare.traffic import parse_traffic
 
 if TYPE_CHECKING:
     import socket
@@ -109,8 +110,10 @@ class AppClient:
             ValueError: no such backend, or its function does not fit the endpoint's route, or the weights do
                 not sum to 1. The old ones stand.
         """
-        changed = (await self._app.spec()).rerouted(endpoint, traffic, {})
-        await self._app.reroute(endpoint, dict(changed.endpoint(endpoint).weights), {})
+        spec = await self._app.spec()
+        weights = dict(parse_traffic(traffic, None, _names(spec), f"endpoint {endpoint!r}").weights)
+        spec.rerouted(endpoint, weights, {})  # raises before anything is changed
+        await self._app.reroute(endpoint, weights, {})
 
     async def shadow_traffic(self, endpoint: str, backend: str, fraction: float) -> None:
         """Send copies of some of an endpoint's requests to a backend, whose answers nobody waits for.
@@ -126,7 +129,8 @@ class AppClient:
             ValueError: no such backend, or its function does not fit the endpoint's route, or the fraction is
                 out of range. What was stands.
         """
-        (await self._app.spec()).rerouted(endpoint, None, {backend: fraction})
+        spec = await self._app.spec()
+        spec.rerouted(endpoint, None, {backend: fraction})  # raises before anything is changed
         await self._app.reroute(endpoint, None, {backend: float(fraction)})
 
     async def delete(self) -> None:
