@@ -409,6 +409,18 @@ class TestTraffic:
         await stage.clock.settle()
         assert stage.controller.snapshot.apps[0].endpoints[0].weights == (("c", 1.0),)
 
+    async def test_to_a_backend_that_is_only_coming_up_waits_for_it(self, stage: Stage) -> None:
+        await stage.deploy(spec(b=1))
+        stage.launcher.eager = False
+        await stage.controller.deploy(spec(b=1, c=1))
+        await stage.controller.reroute("app", "/b", {"c": 1.0}, {})
+        await stage.clock.settle()
+        assert stage.controller.snapshot.apps[0].endpoints[0].weights == (("b", 1.0),)
+        for process in stage.launcher.made[1:]:
+            process.ready()
+        await stage.clock.settle()
+        assert stage.controller.snapshot.apps[0].endpoints[0].weights == (("c", 1.0),)
+
 
 @staged
 class TestDeaths:

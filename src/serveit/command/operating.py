@@ -145,8 +145,10 @@ async def traffic(
         weights: all of them; empty to leave them.
         shadows: those that change.
     """
-    spec = await _spec(instance, app)
-    name = _endpoint(spec, endpoint)
+    specs = await instance.specs()
+    _check_known(app, specs)
+    spec = specs[app]
+    name = _endpoint(spec, endpoint, specs)
     changed = spec.rerouted(name, weights or None, shadows)  # raises before anything is changed
     await instance.app(app).reroute(name, weights or None, shadows)
     found = changed.endpoint(name)
@@ -181,7 +183,7 @@ def _check_known(name: str, known: Mapping[str, Any]) -> None:
         raise KeyError(f"no app {name!r} runs: {did_you_mean(name, list(known))}")
 
 
-def _endpoint(spec: AppSpec, name: str) -> str:
+def _endpoint(spec: AppSpec, name: str, others: Mapping[str, AppSpec]) -> str:
     """An endpoint goes by its route's name; its path says it as well, with the prefix or without."""
     ends = [endpoint.name for endpoint in spec.endpoints]
     if name in ends:
@@ -192,11 +194,12 @@ def _endpoint(spec: AppSpec, name: str) -> str:
             f"{name!r} of app {spec.name!r} is several endpoints, by method: say "
             f"{' or '.join(map(repr, found))}"
         )
-    if not found:
-        paths = [route.prefix + route.pattern for route in spec.routes]
-        known = list(dict.fromkeys([*ends, *paths]))
-        raise KeyError(f"app {spec.name!r} has no endpoint {name!r}: {did_you_mean(name, known)}")
-    return found[0]
+    if found:
+        return found[0]
+    known = list(dict.fromkeys([*ends, *(route.prefix + route.pattern for route in spec.routes)]))
+    owners = [route.app for route in routes_of(others.values()) if route.path == name]
+    way_out = f"it is of --app {owners[0]}" if owners else did_you_mean(name, known)
+    raise KeyError(f"app {spec.name!r} has no endpoint {name!r}: {way_out}")
 
 
 # -- running them --------------------------------------------------------------------------------

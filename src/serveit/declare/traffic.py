@@ -139,7 +139,9 @@ def choose_sticky(traffic: Traffic, key: str) -> str:
     scores -weight / ln(h), and the highest score wins. Nothing is remembered, so every process and
     every restart agrees. A change of weights moves few more keys than it must: 50/50 to 60/40 moves
     a tenth of the keys, all of them to the grown backend; a new backend takes keys from the others
-    in proportion and moves none between these.
+    in proportion and moves none between these. Where weights p become q, so that a share d of the keys
+    has to move, at most 2d / (1 + d) do: a key stays at i with a probability of at least
+    min(p_i, q_i) / Σ max(p_j, q_j).
 
     Sources: D. Thaler, C. Ravishankar, "Using name-based mappings to increase hit rates", IEEE/ACM
     Transactions on Networking 6(1), 1998 (rendezvous hashing); C. Schindelhauer, G. Schomaker,
