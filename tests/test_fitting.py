@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from serveit import App
+from serveit import App, BackendConfig
 from serveit.declare.fitting import MAX_PAIRS, MAX_TEXT, misfits
 
 
@@ -55,8 +55,9 @@ def app_with(target: Any, **options: Any) -> App:
     app = App()
     app.backend(Model, name="model")
     app.add_route("/predict/<text>", "model", name="predict", **options)
-    batch = {"max_batch_size": 4} if target is takes_a_list else {}
-    app.backend(target, name="later", **batch)
+    app.backend(
+        target, name="later", config=BackendConfig(max_batch_size=4 if target is takes_a_list else None)
+    )
     return app
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import Counter
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -51,7 +53,7 @@ async def test_a_shard_key_goes_the_same_way_in_every_process(served: Served) ->
     keys = [f"user-{number}" for number in range(20)] + ["", "héllo", "日本"]
     for key in keys:
         way = choose_sticky(split, key)
-        fields = {"x-serve-shard-key": key.encode()}
+        fields = {b"x-serve-shard-key": key.encode()}
         assert {(await served.http.get("/split/a", headers=fields)).text for _ in range(2)} == {way}
         assert {await served.handle("split").options(shard_key=key).call("a") for _ in range(2)} == {way}
         blocking = served.sync_handle("split").options(shard_key=key)
@@ -81,6 +83,7 @@ async def test_traffic_can_be_moved(app: App, serve: Serve) -> None:
         try:
             await served.client.set_traffic("moved", {"v3": 1.0})
             assert await ways() == {"v3"}
+            assert await load_of(served, "v1") == [(0, 0)], "it keeps its replica, for the way back"
             await served.client.set_traffic("moved", {"v1": 0.0, "v2": 1.0})
             assert await ways() == {"v2"}
             with pytest.raises(ValueError, match="sum"):
@@ -169,12 +172,16 @@ async def test_when_a_change_has_returned_nothing_goes_the_old_way(app: App, ser
         async def http() -> str:
             return (await served.http.get("/moved/a")).text
 
-        asks = [
+        asks: list[Callable[[], Awaitable[str]]] = [
             http,
             lambda: served.handle("moved").call("a"),
             lambda: served.handle("inside").call("a"),
             lambda: asyncio.to_thread(blocking.call, "a"),
         ]
+
+        def asked_again(since: float) -> bool:
+            return all(sum(begun > since for begun, _ in known) > 2 for known in answers)
+
         answers: list[list[tuple[float, str]]] = [[] for _ in asks]
         stop = False
 
@@ -189,11 +196,7 @@ async def test_when_a_change_has_returned_nothing_goes_the_old_way(app: App, ser
                 to = f"v{change % 3 + 1}"
                 await served.client.set_traffic("moved", {to: 1.0})
                 since = loop.time()
-                await wait_until(
-                    lambda since=since: all(sum(b > since for b, _ in known) > 2 for known in answers),
-                    10,
-                    "each has asked again",
-                )
+                await wait_until(partial(asked_again, since), 10, "each has asked again")
                 assert {way for known in answers for begun, way in known if begun > since} == {to}
         finally:
             stop = True
