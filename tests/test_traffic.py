@@ -161,6 +161,7 @@ def least_moved(before: Traffic, after: Traffic) -> float:
 
 @pytest.mark.parametrize("count", [5, 20])
 def test_any_number_of_backends(count: int) -> None:
+    keys = KEYS[:3000]
     uniform = random.Random(count)
 
     def some() -> Traffic:
@@ -168,13 +169,13 @@ def test_any_number_of_backends(count: int) -> None:
         return table(**{f"v{number}": part / sum(parts) for number, part in enumerate(parts)})
 
     before = some()
-    counts = Counter(choose_sticky(before, key) for key in KEYS)
-    assert all(within_4_sigma(counts[name], share, len(KEYS)) for name, share in before.weights)
-    for _ in range(5):
+    counts = Counter(choose_sticky(before, key) for key in keys)
+    assert all(within_4_sigma(counts[name], share, len(keys)) for name, share in before.weights)
+    for _ in range(3):
         after = some()
         least = least_moved(before, after)
-        moved = sum(choose_sticky(before, key) != choose_sticky(after, key) for key in KEYS)
-        assert least * len(KEYS) * 0.9 <= moved <= 2 * least / (1 + least) * len(KEYS) * 1.1
+        moved = sum(choose_sticky(before, key) != choose_sticky(after, key) for key in keys)
+        assert least * len(keys) * 0.8 <= moved <= 2 * least / (1 + least) * len(keys) * 1.2
 
 
 @pytest.mark.parametrize("count", [5, 20])
