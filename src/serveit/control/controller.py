@@ -222,17 +222,10 @@ class Controller:
     async def reroute(
         self, name: str, endpoint: str, weights: Mapping[str, float] | None, shadows: Mapping[str, float]
     ) -> None:
-        """Change where an endpoint leads, in a new version that is coming up, too.
-
-        Args:
-            name: of the app.
-            endpoint: its name.
-            weights: all of them; None to leave them.
-            shadows: those that change; 0 ends one.
+        """Change where an endpoint leads, in a new version that is coming up, too: see `AppSpec.rerouted`.
 
         Raises:
-            KeyError: no such app or endpoint.
-            ValueError: it cannot lead there: see `AppSpec.rerouted`.
+            KeyError, ValueError: no such app or endpoint, or it cannot lead there.
             OSError: the change cannot be kept, and is not made.
         """
         async with self._checkpoints.changing:
