@@ -27,7 +27,7 @@ from serveit.web.ingress import Ingress
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Collection, Coroutine
+    from collections.abc import Collection, Coroutine, Mapping
 
     from serveit.config import HTTPOptions
     from serveit.control.orders import BackendChange
@@ -204,7 +204,9 @@ class LocalRuntime:
             self._replicas.dismiss(going)
             await self._see_through(self._withdraw(going))
 
-    async def reroute(self, endpoint: str, weights: Any, shadows: Any) -> None:
+    async def reroute(
+        self, endpoint: str, weights: Mapping[str, float] | None, shadows: Mapping[str, float]
+    ) -> None:
         """Change where an endpoint leads. NotServing if the app is shutting down."""
         self._check_open()
         self._spec = self._spec.rerouted(endpoint, weights, shadows)

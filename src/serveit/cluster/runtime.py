@@ -23,7 +23,7 @@ from serveit.context import serving
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Mapping
 
     from serveit.cluster.ownership import OwnedApp
     from serveit.control.orders import BackendChange, Deploying
@@ -155,7 +155,9 @@ class ClusterRuntime:
         """Change a backend's options; returns when they are in force."""
         await self._running.update(backend, wanted, wait=wait)
 
-    async def reroute(self, endpoint: str, weights: Any, shadows: Any) -> None:
+    async def reroute(
+        self, endpoint: str, weights: Mapping[str, float] | None, shadows: Mapping[str, float]
+    ) -> None:
         """Change where an endpoint leads; returns when proxies and handles know."""
         await self._running.reroute(endpoint, weights, shadows)
 
