@@ -87,16 +87,19 @@ def test_http_answers_are_those_shown(example: Example) -> None:
                 assert time.monotonic() < deadline, f"{command}\n{answer}"
 
 
-@pytest.mark.parametrize(
-    "local", [True, pytest.param(False, marks=pytest.mark.cluster)], ids=["local", "ray"]
-)
-async def test_the_client_prints_what_is_shown(
-    local: bool, example: Example, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
-) -> None:
-    if not local:
+@pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.cluster)], scope="session")
+def local(request: pytest.FixtureRequest) -> bool:
+    """Whether it runs in this process; else on the Ray of this session."""
+    if request.param == "ray":
         request.getfixturevalue("instance")
+    return bool(request.param == "local")
+
+
+async def test_the_client_prints_what_is_shown(
+    local: bool, example: Example, capsys: pytest.CaptureFixture[str]
+) -> None:
     await example.client.main(local=local)
     shown = example.shown_output()
-    if local:
+    if local:  # all replicas share this process
         shown = shown.replace("processes that answered: 2", "processes that answered: 1")
     assert without_rates(capsys.readouterr().out) == shown
