@@ -13,7 +13,9 @@ from typing import NamedTuple
 
 import pytest
 
+from serveit import App
 from serveit.command import cli
+from serveit.importer import import_target
 from serveit.testing import TestClient
 from tests.test_examples import EXAMPLES, NEEDS_SKLEARN
 from tests.test_readme import curl, shown_requests
@@ -66,7 +68,7 @@ def example(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return Example(request.param, readme, modules["app"], modules["client"])
 
 
-def test_commands_name_what_is_there(example: Example) -> None:
+def test_commands_name_what_is_there(example: Example, monkeypatch: pytest.MonkeyPatch) -> None:
     named = [shlex.split(command) for command in example.commands()]
     for words in named:
         if words[0].endswith("/serveit"):
@@ -74,7 +76,9 @@ def test_commands_name_what_is_there(example: Example) -> None:
             command.make_context(words[1], words[2:]).close()
     paths = {word for words in named for word in words if word.startswith("examples/")}
     assert paths == {f"examples/{example.name}/{name}.py" for name in ("app", "client")}
-    assert all((EXAMPLES.parent / path).is_file() for path in paths)
+    monkeypatch.chdir(EXAMPLES.parent)
+    assert isinstance(import_target(f"examples/{example.name}/app.py", App), App)
+    assert Path(f"examples/{example.name}/client.py").is_file()
 
 
 def test_http_answers_are_those_shown(example: Example) -> None:

@@ -13,6 +13,11 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+from starlette.testclient import TestClient as StarletteTestClient
 
 import serveit
 from serveit import App, HTTPOptions, SyncHandle, testing
@@ -20,6 +25,7 @@ from tests.cluster.instance import Instance
 from tests.moving_rows import (
     PAGE,
     Check,
+    Local,
     Names,
     Row,
     can_be_typed,
@@ -147,14 +153,8 @@ async def calls_a_handle(row: Row) -> None:
 
 async def blocks(row: Row) -> None:
     """In a thread without an event loop."""
-
     async with running() as names:
-        loop_in_thread = asyncio.to_thread(asyncio.run, evaluate_blocking(row.snippet, names))
-        assert await loop_in_thread == HI
-
-
-async def evaluate_blocking(snippet: str, names: Names) -> Any:
-    return await asyncio.to_thread(eval, snippet, names)
+        assert await asyncio.to_thread(eval, row.snippet, names) == HI
 
 
 @contextlib.contextmanager
@@ -187,7 +187,7 @@ async def versions_asked(client: Any) -> set[int]:
 # -- 2021: starting and stopping ---------------------------------------------------------------
 
 check("client = serve.start()")(serves())
-check("serve.start(detached=True)")(can_be_typed("serveit deploy app:app", "serveit delete"))
+check("serve.start(detached=True)")(can_be_typed("serveit deploy app:app"))
 check("serve start --http-port 8001")(can_be_typed("serveit run app:app --port 8001"))
 check("serve shutdown")(can_be_typed("serveit shutdown --yes"))
 
@@ -531,9 +531,6 @@ TODAY: dict[str, Check] = {
         max_batch_size=8, batch_wait_timeout_s=0.1
     ),
     # -- apps
-    "@serve.ingress(fastapi_app)": answers(
-        "/items/7", 8, "async def next_item(item_id: int) -> int: return item_id + 1"
-    ),
     "Model.bind(1)": registers("m", HI),
     'Model.options(name="m", num_replicas=2)': registers("m", HI, num_replicas=2),
     "serve.run(app)": serves(),
@@ -585,6 +582,23 @@ async def _(row: Row) -> None:
         assert {type(call.exception()) for call in done} == {error} and error.status == 503
         gate.set()
         await asyncio.wait(calls)
+
+
+@check("@serve.ingress(fastapi_app)", of="today")
+async def _(row: Row) -> None:
+    await answers("/items/7", 8, "async def following(item_id: int) -> int: return item_id + 1")(row)
+    names = page_names() | {"serveit": Local()}
+    block = f"    {spans(row.note)[0]}\n        handles['v1'] = client.get_handle('v1')\n        yield"
+    handles: dict[str, Any] = {}
+    exec(f"async def lifespan(_):\n{block}", names | {"handles": handles}, names)
+
+    async def predict(request: Request) -> JSONResponse:
+        return JSONResponse(await handles["v1"].call(request.path_params["text"]))
+
+    lifespan = contextlib.asynccontextmanager(names["lifespan"])
+    program = Starlette(routes=[Route("/{text}", predict)], lifespan=lifespan)
+    with StarletteTestClient(program) as client:
+        assert client.get("/hi").json() == HI
 
 
 @check("Ingress.bind(Model.bind())", of="today")
@@ -652,6 +666,22 @@ async def _(row: Row) -> None:
 
 
 # -- all of them, at last -----------------------------------------------------------------------
+
+
+async def test_answers_differ_as_is_said() -> None:
+    """The list of differences, as far as no other test is about it."""
+    app = App()
+    for number, result in enumerate(["None", "b'octets'", "{'a': [1, 2]}", "float('nan')", "1 / 0"]):
+        names: Names = {"app": app}
+        exec(f"@app.route('/{number}')\nasync def f{number}(): return {result}", names)
+    async with testing.local(app) as client:
+        said = [await client.http.get(f"/{number}") for number in range(5)]
+    assert [answer.text for answer in said[:3]] == ["null", "octets", '{"a":[1,2]}']
+    assert said[1].headers["content-type"] == "application/octet-stream"
+    for answer in said[3:]:
+        assert (answer.status_code, answer.headers["x-serveit-executed"]) == (500, "yes")
+        assert answer.headers["content-type"] == "application/problem+json"
+        assert "Traceback" not in answer.text and "ZeroDivisionError" not in answer.text
 
 
 @pytest.mark.parametrize("row", parameters(CHECKS))
