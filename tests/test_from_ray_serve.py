@@ -21,6 +21,7 @@ from starlette.testclient import TestClient as StarletteTestClient
 
 import serveit
 from serveit import App, HTTPOptions, SyncHandle, testing
+from serveit.command import cli
 from tests.cluster.instance import Instance
 from tests.moving_rows import (
     PAGE,
@@ -83,6 +84,17 @@ def test_what_is_left_out_says_what_to_do_instead() -> None:
     left_out = [row for row in ROWS if "None" in (row.ours, row.note.split(":")[0])]
     assert left_out and all(len(row.note) > 10 for row in left_out)
     assert all(spans(row.ours) for row in ROWS if row.ours != "None")
+
+
+async def test_what_is_named_is_there() -> None:
+    """In notes and lists, too: commands, what `serveit` has, and what a client and an app have."""
+    named = [span for row in ROWS for span in spans(f"{row.ours} {row.note}")]
+    named += spans(PAGE.split("## What behaves differently")[1])
+    assert {found for span in named for found in re.findall(r"^serveit (\w+)", span)} <= {*cli.main.commands}
+    async with running() as names:
+        for owner in ("serveit", "client", "app"):
+            found = {word for span in named for word in re.findall(rf"\b{owner}\.(\w+)", span)}
+            assert found and [word for word in found if not hasattr(names[owner], word)] == []
 
 
 def test_links_lead_somewhere() -> None:
