@@ -66,7 +66,7 @@ async def test_methods_and_options(served: Served) -> None:
     assert await desk.options(method_name="explain").call(3) == "3!"
     assert await desk.options(timeout_s=5).explain.call(4) == "4!"
     assert await desk.call(5) == 5, "options make a copy"
-    assert repr(desk.explain) == f"<Handle (async) {served.app_name}/Desk.explain>"
+    assert repr(desk.explain) == f"<Handle {served.app_name}/Desk.explain>"
     with pytest.raises(AttributeError, match="did you mean 'explain'"):
         await desk.explian.call(3)
     with pytest.raises(TypeError, match="timeout"):

@@ -36,7 +36,7 @@ async def test_the_same_names_blocking(served: Served) -> None:
 
     answers = await asyncio.to_thread(use)
     assert answers == [7, "3!", "4!", [0, 1, 2], [0, 1, 2, 3, 4], [(0, 0), (1, 1), (2, 2)]]
-    assert repr(desk) == f"<Handle (sync) {served.app_name}/Desk>"
+    assert repr(desk) == f"<SyncHandle {served.app_name}/Desk>"
 
 
 async def test_from_eight_threads_at_once(served: Served) -> None:
