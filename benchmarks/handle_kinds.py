@@ -13,6 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -27,16 +28,18 @@ NUM_THREADS = 32
 CALL, MAP, REMOTE = "call", "map", "remote"
 ASYNC, BLOCKING = "async", "blocking"
 
+Run = Callable[[int], Awaitable[Any]]
+"""Makes so many calls."""
 FUNCTIONS = {"async_noop": "async def", "noop": "def"}
 
 NOTES = (
     f"Medians of all rounds; the ratio is the median of each round's. {NUM_CALLS:,} calls a round, way and "
-    "kind of handle; caller (uvloop) and the one replica are processes on one machine; the functions return "
-    "None.",
-    f"**call**: all {NUM_CALLS:,} awaited together; blocking, from {NUM_THREADS} threads. **map**: one "
-    "iterator with 64 in flight, either way. **remote**: all are submitted, then all their ObjectRefs awaited; "
-    "blocking, one `handle.remote` after the other, then one `ray.get` of all. Both kinds take turns, and "
-    "turns in who begins.",
+    "kind of handle. Caller (uvloop) and the one replica are processes on one machine; the functions do "
+    "nothing. Both kinds take turns, and turns in who begins.",
+    f"**call**: all {NUM_CALLS:,} awaited together; blocking, from {NUM_THREADS} threads.",
+    "**map**: one iterator with 64 in flight, either way.",
+    "**remote**: all are submitted, then all their ObjectRefs awaited; blocking, one `handle.remote` after "
+    "the other, then one `ray.get` of all.",
 )
 
 
@@ -61,8 +64,10 @@ class Measurement:
 
 
 def main() -> None:
-    options = command_line(__doc__, seconds=1, rounds=9).parse_args()
-    measured = uvloop.run(measure(options.seconds, options.rounds))
+    parser = command_line(__doc__, seconds=1, rounds=9)
+    parser.add_argument("--calls", type=int, default=NUM_CALLS, help="calls a round (%(default)s)")
+    options = parser.parse_args()
+    measured = uvloop.run(measure(options.calls, options.rounds))
     head = ["function", "way", "async calls/s", "blocking calls/s", "async / blocking"]
     command = command_of("handle_kinds.py", options)
     title = f"Async and blocking handles: {NUM_CALLS:,} pipelined calls, in turns"
@@ -87,7 +92,7 @@ def summarise(measured: list[Measurement]) -> Iterator[list[str]]:
         yield [f"`{function}`", way, *medians, f"**{ratio:.2f}**"]
 
 
-async def measure(warm_up_s: float, rounds: int) -> list[Measurement]:
+async def measure(num_calls: int, rounds: int) -> list[Measurement]:
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # Ray's workers start twice as fast with bytecode
     measured: list[Measurement] = []
     with ThreadPoolExecutor(NUM_THREADS) as threads:
@@ -99,62 +104,55 @@ async def measure(warm_up_s: float, rounds: int) -> list[Measurement]:
             ]
             for _, _, kinds in turns:
                 for run in kinds.values():
-                    await warm(run, warm_up_s)
+                    await run(num_calls // 4)  # warm up
             for number in range(rounds):
                 order = (ASYNC, BLOCKING) if number % 2 else (BLOCKING, ASYNC)
                 measured += [
-                    Measurement(FUNCTIONS[function], way, kind, await rate(kinds[kind]))
+                    Measurement(FUNCTIONS[function], way, kind, await rate(kinds[kind], num_calls))
                     for function, way, kinds in turns
                     for kind in order
                 ]
     return measured
 
 
-async def warm(run: Callable[[], Awaitable[Any]], seconds: float) -> None:
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        await run()
-
-
-async def rate(run: Callable[[], Awaitable[Any]]) -> float:
+async def rate(run: Run, num_calls: int) -> float:
     """Calls a second."""
     begun = time.perf_counter()
-    await run()
-    return NUM_CALLS / (time.perf_counter() - begun)
+    await run(num_calls)
+    return num_calls / (time.perf_counter() - begun)
 
 
 def make_ways(
     client: serveit.Client, function: str, threads: ThreadPoolExecutor
-) -> dict[str, dict[str, Callable[[], Awaitable[Any]]]]:
+) -> dict[str, dict[str, Run]]:
     """By way and kind, what makes all the calls of one round."""
     handle, blocking = client.get_handle(function), client.get_handle(function, sync=True)
-    numbers = range(NUM_CALLS)
 
-    async def call() -> None:
-        await asyncio.gather(*(handle.call(number) for number in numbers))
+    async def call(count: int) -> None:
+        await asyncio.gather(*(handle.call(number) for number in range(count)))
 
-    def blocking_call() -> None:
-        for _ in threads.map(blocking.call, numbers):
+    def blocking_call(count: int) -> None:
+        for _ in threads.map(blocking.call, range(count)):
             pass
 
-    async def mapped() -> None:
-        async for _ in handle.map(numbers):
+    async def mapped(count: int) -> None:
+        async for _ in handle.map(range(count)):
             pass
 
-    def blocking_map() -> None:
-        for _ in blocking.map(numbers):
+    def blocking_map(count: int) -> None:
+        for _ in blocking.map(range(count)):
             pass
 
-    async def remote() -> None:
-        await asyncio.gather(*(await asyncio.gather(*(handle.remote(number) for number in numbers))))
+    async def remote(count: int) -> None:
+        await asyncio.gather(*(await asyncio.gather(*(handle.remote(number) for number in range(count)))))
 
-    def blocking_remote() -> None:
-        ray.get([blocking.remote(number) for number in numbers])
+    def blocking_remote(count: int) -> None:
+        ray.get([blocking.remote(number) for number in range(count)])
 
     return {
-        CALL: {ASYNC: call, BLOCKING: lambda: asyncio.to_thread(blocking_call)},
-        MAP: {ASYNC: mapped, BLOCKING: lambda: asyncio.to_thread(blocking_map)},
-        REMOTE: {ASYNC: remote, BLOCKING: lambda: asyncio.to_thread(blocking_remote)},
+        CALL: {ASYNC: call, BLOCKING: partial(asyncio.to_thread, blocking_call)},
+        MAP: {ASYNC: mapped, BLOCKING: partial(asyncio.to_thread, blocking_map)},
+        REMOTE: {ASYNC: remote, BLOCKING: partial(asyncio.to_thread, blocking_remote)},
     }
 
 

@@ -94,7 +94,7 @@ def test_ray_calls_compares_three_ways() -> None:
 @pytest.mark.slow
 @pytest.mark.cluster
 def test_handle_kinds_compares_two_kinds_in_each_way() -> None:
-    finished = run("handle_kinds.py", "--seconds", "1", "--rounds", "1")
+    finished = run("handle_kinds.py", "--rounds", "1", "--calls", "200")
     assert finished.returncode == 0, finished.stderr
     _, _, *rows = table_rows(finished.stdout)
     assert [row[:2] for row in rows] == [

@@ -880,7 +880,7 @@ async def test_without_a_deadline_it_is_waited_for_for_a_minute() -> None:
 
 async def test_what_was_missing_is_called_once_it_is_there(faked: Faked) -> None:
     faked.gateway.tasks = FakeTasks()
-    handle = Handle(faked.gateway, "model", HandleOptions(missing_ok=True))
+    handle: Handle[..., Any] = Handle(faked.gateway, "model", HandleOptions(missing_ok=True))
     call, remote = asyncio.ensure_future(handle.call(1)), asyncio.ensure_future(handle.remote(2))
     mapped = asyncio.ensure_future(anext(handle.map([3])))
     await faked.clock.settle()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import pickle
 import re
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httpx2
@@ -82,7 +83,8 @@ async def test_names_that_come_and_go(instance: Instance) -> None:
         await keeper.deploy(apps.first, name="names", prefix="/names")
     async with serveit.connect(address=None, app="names") as client:
         one, routed = client.get_handle("one"), client.get_handle("/version")
-        uses = (one.call, one.remote, lambda: asyncio.to_thread(one.sync.call), lambda: _elsewhere(one))
+        uses: list[Callable[[], Awaitable[Any]]] = [one.call, one.remote, lambda: _elsewhere(one)]
+        uses.append(lambda: asyncio.to_thread(one.sync.call))
         with pytest.raises(DeadlineExceeded, match="app 'names' has no backend or endpoint 'other'"):
             await client.get_handle("other", missing_ok=True).options(timeout_s=0.1).call()
         later, more = (client.get_handle(name, missing_ok=True) for name in ("other", "/more"))

@@ -162,8 +162,10 @@ async def test_what_the_function_raises_is_raised_by_the_ref(client: Client) -> 
         with pytest.raises(apps.OwnError, match="nothing there") as caught:
             await way
         assert "apps.py" in str(caught.value) and "in fail" in str(caught.value), "the remote traceback"
-    with pytest.raises((RemoteError, ray.exceptions.RayError), match="NotRebuilt: 1 and 2"):
-        await (await work.fail.remote("other"))
+    for kind, text in (("other", "NotRebuilt: 1 and 2"), ("not pickled", "OwnError: .*holds a lock")):
+        with pytest.raises((RemoteError, ray.exceptions.RayError), match=text) as other:
+            await (await work.fail.remote(kind))
+        assert "in fail" in str(other.value)
     with pytest.raises(TypeError, match="missing 1 required positional argument"):
         await (await work.fail.remote())
 
@@ -261,7 +263,9 @@ async def test_blocking_in_a_loop_names_the_async_way(client: Client) -> None:
 
 
 async def test_from_inside_a_replica(client: Client) -> None:
-    assert await client.get_handle("Work").through.call(4) == 8
+    work = client.get_handle("Work")
+    assert await work.through.call(4) == 8
+    assert await work.of_another_app.call((await client.status())["app"], 5) == 10
 
 
 async def test_handles_travel_into_tasks_and_actors(client: Client) -> None:

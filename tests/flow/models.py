@@ -65,7 +65,8 @@ class Witness:
         return await asyncio.create_task(self())
 
     async def nested(self) -> dict[str, Any]:
-        return await models.handle(Gathering).witness.call("nested")
+        found: dict[str, Any] = await models.handle(Gathering).witness.call("nested")
+        return found
 
 
 for method in ("plain", "items", "plain_items"):

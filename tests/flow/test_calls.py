@@ -97,9 +97,12 @@ async def test_an_exception_arrives_as_itself_with_its_traceback(served: Served)
     assert "in fail" in str(caught.value.__cause__) and "apps.py" in str(caught.value.__cause__)
 
 
-async def test_an_exception_that_cannot_be_rebuilt_is_described(served: Served) -> None:
-    with pytest.raises(RemoteError, match="NotRebuilt: 1 and 2") as caught:
-        await served.handle("Desk").fail.call("not rebuilt")
+@pytest.mark.parametrize(
+    ("how", "text"), [("not rebuilt", "NotRebuilt: 1 and 2"), ("not pickled", "LookupError: .*holds a lock")]
+)
+async def test_an_exception_that_cannot_be_rebuilt_is_described(served: Served, how: str, text: str) -> None:
+    with pytest.raises(RemoteError, match=text) as caught:
+        await served.handle("Desk").fail.call(how)
     assert "in fail" in str(caught.value) and caught.value.executed == "yes"
 
 

@@ -54,6 +54,17 @@ async def test_from_eight_threads_at_once(served: Served) -> None:
     assert results == {n: [2 * (100 * n + index) for index in range(25)] for n in range(8)}
 
 
+async def test_a_thread_without_a_loop_gets_its_handle_itself(served: Served) -> None:
+    def use() -> Any:
+        return [
+            client.get_handle("double", sync=True).call(4),
+            client.get_handle("Desk").sync.explain.call(5),
+        ]
+
+    client = served.client
+    assert await asyncio.to_thread(use) == [8, "5!"]
+
+
 async def test_in_a_running_loop_it_names_the_async_way(served: Served) -> None:
     with pytest.raises(RuntimeError, match=r"an event loop is running.*`await handle.call\(\.\.\.\)`"):
         served.sync_handle("double").call(1)
