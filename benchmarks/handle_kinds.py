@@ -67,6 +67,8 @@ def main() -> None:
     parser = command_line(__doc__, seconds=1, rounds=9)
     parser.add_argument("--calls", type=int, default=NUM_CALLS, help="calls a round (%(default)s)")
     options = parser.parse_args()
+    if options.save and options.calls != NUM_CALLS:
+        parser.error(f"what is kept are rounds of {NUM_CALLS:,} calls: --save without --calls")
     measured = uvloop.run(measure(options.calls, options.rounds))
     head = ["function", "way", "async calls/s", "blocking calls/s", "async / blocking"]
     command = command_of("handle_kinds.py", options)

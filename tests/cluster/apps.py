@@ -58,8 +58,9 @@ class Work:
         return value
 
     async def through(self, number: int) -> Any:
-        """An ObjectRef from inside a replica."""
-        return await (await double.remote(number))
+        """ObjectRefs from inside a replica: one handed on by place, one by name, the last one awaited."""
+        twice = await double.call(await double.remote(number))
+        return await (await plain.remote(number=await double.remote(twice)))
 
     async def of_another_app(self, app: str, number: int) -> Any:
         """A program of its own could do the same: the app is found in the instance that this runs in."""

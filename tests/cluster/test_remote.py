@@ -264,7 +264,7 @@ async def test_blocking_in_a_loop_names_the_async_way(client: Client) -> None:
 
 async def test_from_inside_a_replica(client: Client) -> None:
     work = client.get_handle("Work")
-    assert await work.through.call(4) == 8
+    assert await work.through.call(4) == 33
     assert await work.of_another_app.call((await client.status())["app"], 5) == 10
 
 
