@@ -35,7 +35,9 @@ FUNCTIONS = {"async_noop": "async def", "noop": "def"}
 NOTES = (
     f"Medians of all rounds; the ratio is the median of each round's. {NUM_CALLS:,} calls a round, way and "
     "kind of handle. Caller (uvloop) and the one replica are processes on one machine; the functions do "
-    "nothing. Both kinds take turns, and turns in who begins.",
+    "nothing. The replica takes 100 at once of either function, so that the handles are compared: a `def` "
+    "takes one by default, and its slot's way to and fro would be all there is to `remote`. Both kinds take "
+    "turns, and turns in who begins.",
     f"**call**: all {NUM_CALLS:,} awaited together; blocking, from {NUM_THREADS} threads.",
     "**map**: one iterator with 64 in flight, either way.",
     "**remote**: all are submitted, then all their ObjectRefs awaited; blocking, one `handle.remote` after "
@@ -48,7 +50,7 @@ async def async_noop(x: int) -> None:
     return None
 
 
-@app.backend
+@app.backend(max_ongoing_requests=100)
 def noop(x: int) -> None:
     return None
 
