@@ -50,7 +50,7 @@ class Runtime(AppControl, Protocol):
     @property
     def url(self) -> str | None: ...
 
-    def get_handle(self, name: str, *, sync: bool = False) -> Any: ...
+    def get_handle(self, name: str, *, sync: bool = False, missing_ok: bool = False) -> Any: ...
 
     async def deploy(self, app: App, *, name: str, prefix: str, wait: bool) -> None: ...
 
@@ -168,20 +168,26 @@ class Client(AppClient):
         return self._runtime.url
 
     @overload
-    def get_handle(self, name: str, *, sync: Literal[False] = False) -> Handle[..., Any]: ...
+    def get_handle(
+        self, name: str, *, sync: Literal[False] = False, missing_ok: bool = False
+    ) -> Handle[..., Any]: ...
     @overload
-    def get_handle(self, name: str, *, sync: Literal[True]) -> SyncHandle[..., Any]: ...
-    def get_handle(self, name: str, *, sync: bool = False) -> Any:
+    def get_handle(
+        self, name: str, *, sync: Literal[True], missing_ok: bool = False
+    ) -> SyncHandle[..., Any]: ...
+    def get_handle(self, name: str, *, sync: bool = False, missing_ok: bool = False) -> Any:
         """A handle on a backend (by its name) or an endpoint (by its route's name).
 
         Args:
             name: a backend's calls it; an endpoint's chooses by its traffic on each call.
             sync: the blocking handle, for threads without an event loop.
+            missing_ok: give a handle also where there is none of that name yet. Its calls wait until a
+                deploy brings it: until their deadline, or 60 s without one.
 
         Raises:
             KeyError: there is none; the text suggests or lists the known names.
         """
-        return self._runtime.get_handle(name, sync=sync)
+        return self._runtime.get_handle(name, sync=sync, missing_ok=missing_ok)
 
     async def deploy(self, app: App, *, name: str = "default", prefix: str = "", wait: bool = True) -> None:
         """Serve another app in the same instance, or the next version of one. It stays until deleted.
@@ -215,9 +221,9 @@ class SyncClient:
         """As `Client.url`."""
         return self._client.url
 
-    def get_handle(self, name: str) -> SyncHandle[..., Any]:
+    def get_handle(self, name: str, *, missing_ok: bool = False) -> SyncHandle[..., Any]:
         """A blocking handle; see `Client.get_handle`."""
-        return self._client.get_handle(name, sync=True)
+        return self._client.get_handle(name, sync=True, missing_ok=missing_ok)
 
     def status(self) -> dict[str, Any]:
         """As `Client.status`."""
