@@ -376,7 +376,7 @@ class Member:
     async def _follow(self) -> None:
         version = (0, 0)
         while True:
-            snapshot = await self.controller.watch(self.name, version)
+            snapshot = await self.controller.publisher.watch(self.name, version)
             await self.hears.wait()
             self.snapshots.append(snapshot)
             version = snapshot.version

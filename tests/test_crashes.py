@@ -70,7 +70,7 @@ async def scale_down(controller: Controller) -> object:
 
 
 async def reroute(controller: Controller) -> None:
-    await controller.reroute("app", "/b", [["b", 0.5], ["c", 0.5]], [])
+    await controller.reroute("app", "/b", {"b": 0.5, "c": 0.5}, {})
 
 
 async def delete(controller: Controller) -> None:
@@ -106,7 +106,7 @@ CHANGES = {
     ),
     "more replicas": Change(OLD, scale_up, spec(b=3, c=1), {"b": 2, "c": 1}, 1),
     "fewer replicas": Change(OLD, scale_down, spec(b=1, c=1), {"b": 1, "c": 1}),
-    "other traffic": Change(OLD, reroute, OLD.rerouted("/b", [("b", 0.5), ("c", 0.5)], []), {"b": 2, "c": 1}),
+    "other traffic": Change(OLD, reroute, OLD.rerouted("/b", {"b": 0.5, "c": 0.5}, {}), {"b": 2, "c": 1}),
     "other options": Change(OLD, configure, OLD.changed("b", LATER), {"b": 2, "c": 1}),
     "options that need new replicas": Change(
         OLD, replace, OLD.changed("b", THREADS).as_next(1, "b"), {"b": 2, "c": 1}, 2

@@ -8,8 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import anyio
+import httpx2
 import pytest
 
+import serveit
 from serveit import App, Draining, HTTPOptions, NotServing, local_replicas
 from serveit.local import LocalRuntime
 from serveit.observe import NullObserver
@@ -284,7 +286,7 @@ async def test_traffic_does_not_wait_for_constructors() -> None:
     runtime = await made.serve()
     up = asyncio.ensure_future(runtime.update("Model", scaled_to(2)))
     await made.begins(2)
-    await runtime.reroute("/model", [("Model", 1.0)], [("Model", 0.5)])
+    await runtime.reroute("/model", {"Model": 1.0}, {"Model": 0.5})
     made.let(1)
     await up
     spec = await runtime.spec()
@@ -306,7 +308,7 @@ async def test_an_end_gives_up_a_change(begun: bool) -> None:
     await asyncio.sleep(0)
     late = asyncio.ensure_future(runtime.update("Model", scaled_to(2)))
     with pytest.raises(NotServing, match="app 'default' is shutting down"):
-        await runtime.reroute("/model", [], [])
+        await runtime.reroute("/model", {}, {})
     made.let(1)
     await asyncio.wait_for(closing, 5)
     for change in (up, waits, late):
@@ -637,6 +639,26 @@ async def test_an_import_string_is_served() -> None:
     await runtime.start()
     assert await app.handle("late").call("x", ["y"]) == "there is 'y'"
     await runtime.aclose()
+
+
+async def test_traffic_to_an_import_string_is_found_not_to_fit_by_requests(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What it needs nobody knows but the replica; of such a request nothing is executed."""
+    app = App()
+
+    @app.backend
+    async def model(text: str) -> str:
+        return text
+
+    app.backend("serveit.config:did_you_mean", name="late")
+    app.add_route("/model/<text>", model, name="asked")
+    async with serveit.serve(app, local=True, http={"port": 0}) as client:
+        await client.set_traffic("asked", {"late": 1.0})
+        async with httpx2.AsyncClient(base_url=str(client.url)) as http:
+            reply = await http.get("/model/a")
+    assert (reply.status_code, reply.headers["x-serveit-executed"]) == (500, "no")
+    assert "route '/model/<text>', backend 'late': did_you_mean(): parameter 'name'" in caplog.text
 
 
 async def test_names_are_known_while_it_starts_and_calls_have_to_wait() -> None:

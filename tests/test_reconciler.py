@@ -377,27 +377,39 @@ class TestTraffic:
     async def test_is_published(self, stage: Stage) -> None:
         member = stage.member()
         await stage.deploy(spec(b=1, c=1))
-        await stage.controller.reroute("app", "/b", [["b", 0.5], ["c", 0.5]], [["c", 0.1]])
-        await stage.result(stage.controller.acknowledged(stage.controller.snapshot.version))
+        await stage.controller.reroute("app", "/b", {"b": 0.5, "c": 0.5}, {"c": 0.1})
+        await stage.result(stage.controller.publisher.acknowledged(stage.controller.snapshot.version))
         endpoint = member.snapshots[-1].apps[0].endpoints[0]
         assert endpoint == EndpointInfo("/b", (("b", 0.5), ("c", 0.5)), (("c", 0.1),))
 
     async def test_leads_nowhere_else(self, stage: Stage) -> None:
         await stage.deploy(spec(b=1))
         before = stage.controller.snapshot
-        with pytest.raises(KeyError, match="no backend 'c'"):
-            await stage.controller.reroute("app", "/b", [["c", 1.0]], [])
+        with pytest.raises(ValueError, match="unknown backend 'c'"):
+            await stage.controller.reroute("app", "/b", {"c": 1.0}, {})
         with pytest.raises(KeyError, match="no endpoint '/c'"):
-            await stage.controller.reroute("app", "/c", [["b", 1.0]], [])
+            await stage.controller.reroute("app", "/c", {"b": 1.0}, {})
         assert stage.controller.snapshot == before
 
     async def test_of_a_version_that_is_coming_up_comes_with_it(self, stage: Stage) -> None:
         await stage.deploy(spec(b=1, c=1))
         stage.launcher.eager = False
         await stage.controller.deploy(spec(b=1, c=1))
-        await stage.controller.reroute("app", "/b", [["c", 1.0]], [])
+        await stage.controller.reroute("app", "/b", {"c": 1.0}, {})
         await stage.clock.settle()
         for process in stage.launcher.made[2:]:
+            process.ready()
+        await stage.clock.settle()
+        assert stage.controller.snapshot.apps[0].endpoints[0].weights == (("c", 1.0),)
+
+    async def test_to_a_backend_that_is_only_coming_up_waits_for_it(self, stage: Stage) -> None:
+        await stage.deploy(spec(b=1))
+        stage.launcher.eager = False
+        await stage.controller.deploy(spec(b=1, c=1))
+        await stage.controller.reroute("app", "/b", {"c": 1.0}, {})
+        await stage.clock.settle()
+        assert stage.controller.snapshot.apps[0].endpoints[0].weights == (("b", 1.0),)
+        for process in stage.launcher.made[1:]:
             process.ready()
         await stage.clock.settle()
         assert stage.controller.snapshot.apps[0].endpoints[0].weights == (("c", 1.0),)

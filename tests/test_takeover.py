@@ -33,7 +33,7 @@ class TestChanges:
             stage.controller.deploy(spec(b=2)),
             stage.controller.deploy(spec("other", d=1)),
             stage.controller.update("app", "b", scaled_to(5)),
-            stage.controller.reroute("app", "/b", [["c", 1.0]], []),
+            stage.controller.reroute("app", "/b", {"c": 1.0}, {}),
             stage.controller.delete("app"),
         ):
             with pytest.raises(OSError, match="does not answer"):
@@ -109,7 +109,7 @@ class TestChanges:
         await check()
         await stage.controller.update("app", "c", scaled_to(2))
         await check()
-        await stage.controller.reroute("app", "/b", [["c", 1.0]], [["b", 0.5]])
+        await stage.controller.reroute("app", "/b", {"c": 1.0}, {"b": 0.5})
         await check()
         await stage.controller.deploy(spec(b=2))
         await check()
@@ -253,7 +253,7 @@ class TestTheInstance:
     async def test_keeps_its_traffic_and_numbers(self, stage: Stage) -> None:
         await stage.deploy(spec(b=1, c=1))
         await stage.controller.update("app", "b", scaled_to(2))
-        await stage.controller.reroute("app", "/b", [["b", 0.5], ["c", 0.5]], [])
+        await stage.controller.reroute("app", "/b", {"b": 0.5, "c": 0.5}, {})
         await stage.clock.settle()
         before = stage.controller.snapshot.apps
         await stage.follow()
@@ -300,7 +300,7 @@ class TestTheInstance:
 
     async def test_that_was_ending_starts_nothing_for_that(self, stage: Stage) -> None:
         order = proxy_order()
-        await stage.result(stage.controller.http(order.options, order))
+        await stage.result(stage.controller.proxies.open(order.options, order))
         await stage.deploy(spec(b=2))
         proxy, dies, drains = stage.launcher.made
         proxy.may_stop.clear()
@@ -319,11 +319,11 @@ class TestTheInstance:
 
     async def test_keeps_its_http_servers(self, stage: Stage) -> None:
         order = proxy_order()
-        started = await stage.result(stage.controller.http(order.options, order))
+        started = await stage.result(stage.controller.proxies.open(order.options, order))
         await stage.deploy(spec(b=1))
         await stage.follow()
-        assert stage.controller.url == started.address
-        assert await stage.result(stage.controller.http(order.options, order)) == started
+        assert stage.controller.proxies.url == started.address
+        assert await stage.result(stage.controller.proxies.open(order.options, order)) == started
         assert len(stage.launcher.of("proxy")) == 1
         overview = await stage.result(stage.controller.overview())
         assert overview["url"] == started.address
@@ -333,7 +333,7 @@ class TestTheInstance:
 
     async def test_waits_for_its_http_servers_before_it_stops_what_they_know(self, stage: Stage) -> None:
         order = proxy_order()
-        await stage.result(stage.controller.http(order.options, order))
+        await stage.result(stage.controller.proxies.open(order.options, order))
         await stage.deploy(spec(b=1))
         await stage.follow()
         await stage.deploying(spec(b=1))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Unpack, overload
 
-from serveit.config import BackendConfig, check_options, check_seconds, did_you_mean
+from serveit.config import BackendConfig, check_options, check_seconds
 from serveit.control.orders import BackendChange
 from serveit.control.spec import check_app_name
 from serveit.declare.app import App
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from serveit.calling.handle import Handle
     from serveit.calling.sync import SyncHandle
-    from serveit.control.snapshot import EndpointInfo
     from serveit.control.spec import AppSpec
     from serveit.declare.decorators import BackendChanges
 
@@ -34,7 +33,9 @@ class AppControl(Protocol):
 
     async def update(self, backend: str, wanted: BackendChange, *, wait: bool) -> None: ...
 
-    async def reroute(self, endpoint: str, weights: Any, shadows: Any) -> None: ...
+    async def reroute(
+        self, endpoint: str, weights: Mapping[str, float] | None, shadows: Mapping[str, float]
+    ) -> None: ...
 
     async def delete(self) -> None: ...
 
@@ -49,7 +50,7 @@ class Runtime(AppControl, Protocol):
     @property
     def url(self) -> str | None: ...
 
-    def get_handle(self, name: str, *, sync: bool = False) -> Any: ...
+    def get_handle(self, name: str, *, sync: bool = False, missing_ok: bool = False) -> Any: ...
 
     async def deploy(self, app: App, *, name: str, prefix: str, wait: bool) -> None: ...
 
@@ -110,17 +111,23 @@ class AppClient:
     async def set_traffic(self, endpoint: str, traffic: Mapping[str, float]) -> None:
         """Change the weights of the backends that an endpoint leads to; shadows stay.
 
+        When this returns, every proxy and every handle goes by the new weights. The app's next deploy brings
+        back those of its code.
+
         Args:
             endpoint: a route's name (its path, if it has no other).
-            traffic: weight by backend; they sum to 1.
+            traffic: weight by backend; they sum to 1. One of weight 0, or left out, keeps its replicas.
 
         Raises:
             KeyError: no such endpoint.
-            ValueError: no such backend, or the weights do not sum to 1. The old ones stand.
+            TypeError: what is given is no numbers by backend.
+            ValueError: no such backend, or its function does not fit the endpoint's route, or the weights do
+                not sum to 1. The old ones stand.
         """
-        spec, found = await self._endpoint(endpoint)
-        weights = parse_traffic(traffic, None, _names(spec), f"endpoint {endpoint!r}").weights
-        await self._app.reroute(endpoint, weights, found.shadows)
+        spec = await self._app.spec()
+        weights = dict(parse_traffic(traffic, None, _names(spec), f"endpoint {endpoint!r}").weights)
+        spec.rerouted(endpoint, weights, {})  # raises before anything is changed
+        await self._app.reroute(endpoint, weights, {})
 
     async def shadow_traffic(self, endpoint: str, backend: str, fraction: float) -> None:
         """Send copies of some of an endpoint's requests to a backend, whose answers nobody waits for.
@@ -129,24 +136,20 @@ class AppClient:
             endpoint: a route's name.
             backend: who gets the copies.
             fraction: of the requests, from 0 (none any more) to 1.
+
+        Raises:
+            KeyError: no such endpoint.
+            TypeError: the fraction is no number.
+            ValueError: no such backend, or its function does not fit the endpoint's route, or the fraction is
+                out of range. What was stands.
         """
-        spec, found = await self._endpoint(endpoint)
-        shadows = {**dict(found.shadows), backend: fraction}
-        parsed = parse_traffic(dict(found.weights), shadows, _names(spec), f"endpoint {endpoint!r}")
-        kept = [(name, share) for name, share in parsed.shadows if share]
-        await self._app.reroute(endpoint, found.weights, kept)
+        spec = await self._app.spec()
+        spec.rerouted(endpoint, None, {backend: fraction})  # raises before anything is changed
+        await self._app.reroute(endpoint, None, {backend: float(fraction)})
 
     async def delete(self) -> None:
         """End the app: what it runs may end."""
         await self._app.delete()
-
-    async def _endpoint(self, name: str) -> tuple[AppSpec, EndpointInfo]:
-        spec = await self._app.spec()
-        for endpoint in spec.endpoints:
-            if endpoint.name == name:
-                return spec, endpoint
-        known = [endpoint.name for endpoint in spec.endpoints]
-        raise KeyError(f"app {spec.name!r} has no endpoint {name!r}: {did_you_mean(name, known)}")
 
 
 class Client(AppClient):
@@ -165,20 +168,26 @@ class Client(AppClient):
         return self._runtime.url
 
     @overload
-    def get_handle(self, name: str, *, sync: Literal[False] = False) -> Handle[..., Any]: ...
+    def get_handle(
+        self, name: str, *, sync: Literal[False] = False, missing_ok: bool = False
+    ) -> Handle[..., Any]: ...
     @overload
-    def get_handle(self, name: str, *, sync: Literal[True]) -> SyncHandle[..., Any]: ...
-    def get_handle(self, name: str, *, sync: bool = False) -> Any:
+    def get_handle(
+        self, name: str, *, sync: Literal[True], missing_ok: bool = False
+    ) -> SyncHandle[..., Any]: ...
+    def get_handle(self, name: str, *, sync: bool = False, missing_ok: bool = False) -> Any:
         """A handle on a backend (by its name) or an endpoint (by its route's name).
 
         Args:
             name: a backend's calls it; an endpoint's chooses by its traffic on each call.
             sync: the blocking handle, for threads without an event loop.
+            missing_ok: give a handle also where there is none of that name yet. Its calls wait until a
+                deploy brings it: until their deadline, or 60 s without one.
 
         Raises:
             KeyError: there is none; the text suggests or lists the known names.
         """
-        return self._runtime.get_handle(name, sync=sync)
+        return self._runtime.get_handle(name, sync=sync, missing_ok=missing_ok)
 
     async def deploy(self, app: App, *, name: str = "default", prefix: str = "", wait: bool = True) -> None:
         """Serve another app in the same instance, or the next version of one. It stays until deleted.
@@ -212,9 +221,9 @@ class SyncClient:
         """As `Client.url`."""
         return self._client.url
 
-    def get_handle(self, name: str) -> SyncHandle[..., Any]:
+    def get_handle(self, name: str, *, missing_ok: bool = False) -> SyncHandle[..., Any]:
         """A blocking handle; see `Client.get_handle`."""
-        return self._client.get_handle(name, sync=True)
+        return self._client.get_handle(name, sync=True, missing_ok=missing_ok)
 
     def status(self) -> dict[str, Any]:
         """As `Client.status`."""

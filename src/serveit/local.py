@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from serveit.calling.directory import Directory
 from serveit.calling.gateway import Gateway, open_portal
-from serveit.calling.handle import Handle
+from serveit.calling.handle import Handle, HandleOptions
 from serveit.cancellation import hurried, is_cancelled, outlast
 from serveit.clock import DeadlineWheel, LoopClock
 from serveit.config import HANDLE_QUEUE, HTTP_QUEUE, NODE_HOST
@@ -28,7 +28,7 @@ from serveit.web.ingress import Ingress
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Collection, Coroutine
+    from collections.abc import Collection, Coroutine, Mapping
 
     from serveit.config import HTTPOptions
     from serveit.control.orders import BackendChange
@@ -141,10 +141,11 @@ class LocalRuntime:
             finally:
                 await outlast(self._exit.aclose())
 
-    def get_handle(self, name: str, *, sync: bool = False) -> Any:
+    def get_handle(self, name: str, *, sync: bool = False, missing_ok: bool = False) -> Any:
         """A handle on a backend or endpoint. KeyError lists the known names."""
-        self.gateway.directory.check(name)
-        handle: Handle[..., Any] = Handle(self.gateway, name)
+        if not missing_ok:
+            self.gateway.directory.check(name)
+        handle: Handle[..., Any] = Handle(self.gateway, name, HandleOptions(missing_ok=missing_ok))
         return handle.sync if sync else handle
 
     @property
@@ -214,7 +215,9 @@ class LocalRuntime:
             await self._add([spec] * (spec.num_replicas - len(self._replicas.ready(backend))))
             await self._publish()
 
-    async def reroute(self, endpoint: str, weights: Any, shadows: Any) -> None:
+    async def reroute(
+        self, endpoint: str, weights: Mapping[str, float] | None, shadows: Mapping[str, float]
+    ) -> None:
         """Change where an endpoint leads. NotServing if the app is shutting down."""
         self._check_open()
         self._spec = self._spec.rerouted(endpoint, weights, shadows)

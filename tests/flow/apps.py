@@ -70,6 +70,8 @@ class Desk:
             raise OwnError("nothing under that name", 7)
         if kind == "not rebuilt":
             raise NotRebuilt(1, 2)
+        if kind == "not pickled":
+            raise LookupError("holds a lock", threading.Lock())
         return Unpicklable()
 
     async def wait(self, folder: str) -> str:
@@ -270,6 +272,35 @@ traffic.backend(Version, name="v3", init_args=("v3",))
 traffic.add_route("/split/<text>", traffic={"v1": 0.5, "v2": 0.5}, name="split")
 traffic.add_route("/shadowed/<text>", traffic={"v1": 1.0}, shadow={"v2": 1.0}, name="shadowed")
 traffic.add_route("/moved/<text>", traffic={"v1": 1.0}, name="moved")
+
+
+@traffic.backend
+async def inside(text: str) -> str:
+    """How a handle in a replica goes."""
+    return str(await traffic.handle("moved").call(text))
+
+
+@traffic.backend(max_ongoing_requests=1, max_queued_requests=0)
+async def narrow(text: str) -> str:
+    """Takes one request, and not a second one beside it."""
+    await asyncio.sleep(0.001)
+    return "narrow"
+
+
+@traffic.backend(max_ongoing_requests=2)
+async def bad_shadow(text: str) -> str:
+    """Fails, or is stuck in the folder that it is given."""
+    if text == "fail":
+        raise OwnError("nobody sees it", 1)
+    return await _wait(text)
+
+
+@traffic.backend
+async def misfit(word: str) -> str:
+    return word
+
+
+traffic.add_route("/guarded", traffic={"narrow": 1.0}, shadow={"bad_shadow": 1.0}, name="guarded")
 
 
 # -- changed while it runs -----------------------------------------------------------------------

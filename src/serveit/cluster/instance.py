@@ -36,7 +36,7 @@ from serveit.wire.frames import Failure
 from serveit.wire.pickles import load_exception
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Mapping
 
     from serveit.cluster.contact import Line
     from serveit.cluster.session import Session
@@ -182,7 +182,9 @@ class InstanceApp:
         assert not isinstance(outcome, Deploying), "nobody has asked how far it is"
         _check(outcome)
 
-    async def reroute(self, endpoint: str, weights: Any, shadows: Any) -> None:
+    async def reroute(
+        self, endpoint: str, weights: Mapping[str, float] | None, shadows: Mapping[str, float]
+    ) -> None:
         """Change where an endpoint leads; returns when proxies and handles know."""
         await ask(self._controller, "reroute", self._name, endpoint, weights, shadows, timeout_s=None)
 

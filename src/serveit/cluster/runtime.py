@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from serveit.calling.gateway import open_portal
-from serveit.calling.handle import Handle
+from serveit.calling.handle import Handle, HandleOptions
 from serveit.cluster.contact import find_controller
 from serveit.cluster.gateways import ClusterGateway, Entrance
 from serveit.cluster.instance import Instance, InstanceApp, make_spec
@@ -23,7 +23,7 @@ from serveit.context import serving
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Mapping
 
     from serveit.cluster.ownership import OwnedApp
     from serveit.control.orders import BackendChange, Deploying
@@ -132,11 +132,12 @@ class ClusterRuntime:
 
     # -- what a client asks for --------------------------------------------------------------
 
-    def get_handle(self, name: str, *, sync: bool = False) -> Any:
+    def get_handle(self, name: str, *, sync: bool = False, missing_ok: bool = False) -> Any:
         """A handle on a backend or endpoint. KeyError lists the known names."""
         gateway = self._entrance.gateway(self.name)
-        gateway.directory.endpoint(name)
-        handle: Handle[..., Any] = Handle(gateway, name)
+        if not missing_ok:
+            gateway.directory.endpoint(name)
+        handle: Handle[..., Any] = Handle(gateway, name, HandleOptions(missing_ok=missing_ok))
         return handle.sync if sync else handle
 
     @property
@@ -155,7 +156,9 @@ class ClusterRuntime:
         """Change a backend's options; returns when they are in force."""
         await self._running.update(backend, wanted, wait=wait)
 
-    async def reroute(self, endpoint: str, weights: Any, shadows: Any) -> None:
+    async def reroute(
+        self, endpoint: str, weights: Mapping[str, float] | None, shadows: Mapping[str, float]
+    ) -> None:
         """Change where an endpoint leads; returns when proxies and handles know."""
         await self._running.reroute(endpoint, weights, shadows)
 

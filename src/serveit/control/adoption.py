@@ -8,7 +8,7 @@ from serveit.control.apps import RunningApp
 from serveit.control.replicas import Version
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from serveit.control.checkpoint import AppRecord
 
@@ -18,15 +18,15 @@ Home = tuple[RunningApp, Version]
 """Where a replica belongs."""
 
 
-def restored(record: AppRecord) -> tuple[RunningApp, Mapping[Origin, Home]]:
-    """An app again, still without its replicas; and where those that may run belong."""
-    versions = {version.number: Version.of(version) for version in record.versions}
-    app = RunningApp.of(record, versions)
-    # What two versions share belongs to the one that serves.
-    ordered = sorted(versions.values(), key=lambda version: version is app.live)
-    homes = {
-        (app.name, backend.name, version.origin(backend.name)): (app, version)
-        for version in ordered
-        for backend in version.spec.backends
-    }
-    return app, homes
+def restored(records: Iterable[AppRecord]) -> tuple[list[RunningApp], Mapping[Origin, Home]]:
+    """The apps again, still without their replicas; and where those that may run belong."""
+    apps, homes = [], {}
+    for record in records:
+        versions = {version.number: Version.of(version) for version in record.versions}
+        app = RunningApp.of(record, versions)
+        apps.append(app)
+        # What two versions share belongs to the one that serves.
+        for version in sorted(versions.values(), key=lambda version: version is app.live):
+            for backend in version.spec.backends:
+                homes[app.name, backend.name, version.origin(backend.name)] = app, version
+    return apps, homes

@@ -14,7 +14,7 @@ from serveit.control.plan import ReplicaState, is_complete, is_proven
 from serveit.control.snapshot import ReplicaInfo
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from serveit.control.orders import BackendChange
     from serveit.control.replicas import Replica, Version
@@ -193,10 +193,12 @@ class RunningApp:
                     begun.add(settings)
         return found
 
-    def reroute(self, endpoint: str, weights: Sequence[Any], shadows: Sequence[Any]) -> None:
+    def reroute(
+        self, endpoint: str, weights: Mapping[str, float] | None, shadows: Mapping[str, float]
+    ) -> None:
         """What callers are told changes at once; a version that is on its way has it, too."""
         for version in {self.target, self.live or self.target}:
-            with contextlib.suppress(KeyError):  # it may not have them
+            with contextlib.suppress(KeyError, ValueError):  # it may not have them
                 version.spec = version.spec.rerouted(endpoint, weights, shadows)
 
     def advance(self) -> bool:

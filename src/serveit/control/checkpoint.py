@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
@@ -17,7 +17,7 @@ from serveit.control.processes import backoff_s, pause
 from serveit.control.spec import AppSpec, BackendSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from serveit.control.orders import BackendChange
     from serveit.types import Clock
@@ -78,12 +78,14 @@ class AppRecord(msgspec.Struct, frozen=True):
         )
         return msgspec.structs.replace(self, versions=tuple(versions))
 
-    def rerouted(self, endpoint: str, weights: list[Any], shadows: list[Any]) -> AppRecord:
+    def rerouted(
+        self, endpoint: str, weights: Mapping[str, float] | None, shadows: Mapping[str, float]
+    ) -> AppRecord:
         """The same with other traffic, also in the version that serves, where that has them."""
         versions = []
         for version in self.versions:
             if version.number in (self.target, self.live):
-                with contextlib.suppress(KeyError):
+                with contextlib.suppress(KeyError, ValueError):
                     spec = version.spec.rerouted(endpoint, weights, shadows)
                     version = msgspec.structs.replace(version, spec=spec)
             versions.append(version)

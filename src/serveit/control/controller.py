@@ -23,7 +23,7 @@ from serveit.control.checkpoint import MAX_PAUSE_S, AppRecord, Checkpoint, Check
 from serveit.control.orders import ActorName, Deployed, DeployFailed
 from serveit.control.outcomes import Outcomes
 from serveit.control.owners import Owners
-from serveit.control.processes import backoff_s, ended, pause
+from serveit.control.processes import backoff_s, pause
 from serveit.control.proxies import Proxies
 from serveit.control.publisher import Publisher
 from serveit.control.reconciler import Reconciler
@@ -32,9 +32,10 @@ from serveit.control.starting import Surroundings
 from serveit.exceptions import NotServing
 
 if TYPE_CHECKING:
-    from serveit.control.adoption import Home, Origin
+    from collections.abc import Mapping
+
     from serveit.control.checkpoint import Store
-    from serveit.control.orders import BackendChange, ProxyOrder, Started, StartFailed
+    from serveit.control.orders import BackendChange
     from serveit.control.processes import Launcher
     from serveit.control.snapshot import Snapshot
     from serveit.control.spec import AppSpec
@@ -42,11 +43,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("serveit.controller")
 
-GO_BACK_S = 10.0
-
 
 class Controller:
-    """Desired state, actual state, and what brings them together.
+    """Desired state, actual state, and what brings them together. Watchers come to its `publisher`, whoever
+    needs an HTTP server to its `proxies`.
 
     All mutable state: `_version` (the last of an app's), `_to_remove` (apps whose end a controller before
     this one has begun), `_ending` (all of it is to end) and `_shutdown` (the task that does it; None
@@ -76,13 +76,13 @@ class Controller:
         self._launcher = launcher
         self._clock = clock if clock is not None else LoopClock()
         self.owners = Owners(self._clock, self._end_apps)
-        self._publisher = Publisher(self._clock)
+        self.publisher = Publisher(self._clock)
         self._checkpoints = Checkpoints(store, self._clock, self._checkpoint)
-        self._proxies = Proxies(launcher, self._clock, self._publisher.forget, self._checkpoints.mark)
+        self.proxies = Proxies(launcher, self._clock, self.publisher.forget, self._checkpoints.mark)
         fresh = Surroundings(folder, secrets.token_bytes(32), over_tcp, log_level, secrets.token_hex(3))
-        self._reconciler = Reconciler(launcher, self._clock, self._publisher, fresh, self._checkpoints.mark)
+        self._reconciler = Reconciler(launcher, self._clock, self.publisher, fresh, self._checkpoints.mark)
         self._apps = self._reconciler.apps
-        self.outcomes = Outcomes(self._apps, self._checkpoints, self._publisher)
+        self.outcomes = Outcomes(self._apps, self._checkpoints, self.publisher, self._clock)
         self._version = 0
         self._to_remove: tuple[AppRecord, ...] = ()
         self._ending = False
@@ -111,7 +111,7 @@ class Controller:
         """
         kept = await self._checkpoints.load()
         now = time.time_ns() // 1_000_000
-        self._publisher.begin(now if kept is None else max(now, kept.epoch + 1))
+        self.publisher.begin(now if kept is None else max(now, kept.epoch + 1))
         if kept is not None:
             self._version = kept.version
             self._ending = self._reconciler.stopping = kept.ending
@@ -130,24 +130,20 @@ class Controller:
             # Another instance's, whose controller was ended by force.
             for name in replicas:
                 self._launcher.stray(str(name)).kill()
-            await self._proxies.recover(None, names)
+            await self.proxies.recover(None, names)
             self._checkpoints.mark()
             return
         logger.info("a controller has started anew: it takes over %d actors", len(names))
         self._to_remove = kept.leaving
-        homes: dict[Origin, Home] = {}
-        leaving = []
-        for record in (*kept.leaving, *kept.apps.values()):
-            app, its_homes = restored(record)
-            homes |= its_homes
-            if record.leaving:
-                leaving.append(app)
-            else:
+        apps, homes = restored((*kept.leaving, *kept.apps.values()))
+        leaving = [app for app in apps if app.leaving]
+        for app in apps:
+            if not app.leaving:
                 self._apps[app.name] = app
                 self.outcomes.remember(app)
-        await self._proxies.recover(kept.http, names)
-        for member in self._proxies.members:
-            self._publisher.expect(member)
+        await self.proxies.recover(kept.http, names)
+        for member in self.proxies.members:
+            self.publisher.expect(member)
         await self._reconciler.adopt(homes, replicas)
         for app in leaving:
             self._reconciler.remove(app)
@@ -238,11 +234,13 @@ class Controller:
                 self._known(name).update(backend, wanted)  # a failed change may have ended it meanwhile
         self._reconciler.reconcile(self._known(name))
 
-    async def reroute(self, name: str, endpoint: str, weights: list[Any], shadows: list[Any]) -> None:
-        """Change where an endpoint leads, in a new version that is coming up, too.
+    async def reroute(
+        self, name: str, endpoint: str, weights: Mapping[str, float] | None, shadows: Mapping[str, float]
+    ) -> None:
+        """Change where an endpoint leads, in a new version that is coming up, too: see `AppSpec.rerouted`.
 
         Raises:
-            KeyError: no such app, endpoint or backend.
+            KeyError, ValueError: no such app or endpoint, or it cannot lead there.
             OSError: the change cannot be kept, and is not made.
         """
         async with self._checkpoints.changing:
@@ -253,18 +251,8 @@ class Controller:
         self._reconciler.publish()
 
     async def settled(self, name: str) -> Deployed | DeployFailed:
-        """What becomes of the last change of an app. KeyError lists the known ones.
-
-        Where it failed, replicas that had taken it in have gone back by then, if that takes no longer than
-        `GO_BACK_S`.
-        """
-        app = self._known(name)
-        outcome = await self.outcomes.settled(app)
-        if isinstance(outcome, DeployFailed):
-            going_back = asyncio.ensure_future(app.configured())
-            await ended(self._clock, going_back, GO_BACK_S)
-            going_back.cancel()
-        return outcome
+        """What becomes of the last change of an app. KeyError lists the known ones."""
+        return await self.outcomes.settled(self._known(name))
 
     async def delete(self, name: str, owner: str | None = None) -> None:
         """End an app: its routes first, then what it runs may end, then its replicas. One that is ending
@@ -294,7 +282,7 @@ class Controller:
         self._reconciler.stopping = True
         self._checkpoints.mark()  # the next controller would go on with it
         try:
-            await self._proxies.aclose(self._reconciler.drain_s)
+            await self.proxies.aclose(self._reconciler.drain_s)
         finally:
             await self._reconciler.aclose()
             await self._checkpoints.aclose()
@@ -302,21 +290,21 @@ class Controller:
     async def status(self, name: str) -> dict[str, Any]:
         """What an app's replicas are doing, and which backends were given up. KeyError lists the known
         apps."""
-        leaving = next((app for app in self._reconciler.removing if app.name == name), None)
-        if (app := self._apps.get(name) or leaving) is not None:
-            return await app.status()
+        for app in (self._apps.get(name), *self._reconciler.removing):
+            if app is not None and app.name == name:
+                return await app.status()
         if name in self.outcomes.failures:  # for whoever has not waited
             return no_app(self.outcomes.failures[name])
-        return await self._known(name).status()
+        raise self._unknown(name)
 
     async def overview(self) -> dict[str, Any]:
         """All apps' status, and where the instance answers."""
         apps = {app.name: app for app in (*self._reconciler.removing, *self._apps.values())}
         told = await asyncio.gather(*(app.status() for app in apps.values()))
         return {
-            "url": self.url,
-            "epoch": self._publisher.epoch,
-            "proxies": self._proxies.status(),
+            "url": self.proxies.url,
+            "epoch": self.publisher.epoch,
+            "proxies": self.proxies.status(),
             "apps": dict(zip(apps, told, strict=True)),
         }
 
@@ -333,15 +321,6 @@ class Controller:
     def is_empty(self) -> bool:
         """Whether nothing is to run, nothing is still ending, and nobody may be about to deploy something."""
         return self._reconciler.is_empty and not self.owners.are_there
-
-    @property
-    def url(self) -> str | None:
-        """Where the instance answers HTTP."""
-        return self._proxies.url
-
-    async def http(self, options: bytes | None, order: ProxyOrder | None) -> Started | StartFailed | None:
-        """The HTTP server of the instance, started if need be; see `Proxies.open`."""
-        return await self._proxies.open(options, order)
 
     # -- owners ------------------------------------------------------------------------------
 
@@ -373,19 +352,7 @@ class Controller:
     @property
     def snapshot(self) -> Snapshot:
         """The latest."""
-        return self._publisher.snapshot
-
-    async def watch(self, member: str, version: tuple[int, int]) -> Snapshot:
-        """A later snapshot than the one that the member has taken in; see `Publisher.watch`."""
-        return await self._publisher.watch(member, version)
-
-    def forget(self, member: str) -> None:
-        """The member watches no longer."""
-        self._publisher.forget(member)
-
-    async def acknowledged(self, version: tuple[int, int]) -> None:
-        """Wait until every watcher has taken in this snapshot; see `Publisher.acknowledged`."""
-        await self._publisher.acknowledged(version)
+        return self.publisher.snapshot
 
     # -- keeping -----------------------------------------------------------------------------
 
@@ -393,7 +360,7 @@ class Controller:
         """All that the next controller has to know."""
         around = self._reconciler.surroundings
         return Checkpoint(
-            epoch=self._publisher.epoch,
+            epoch=self.publisher.epoch,
             token=around.token,
             secret=around.secret,
             version=self._version,
@@ -403,7 +370,7 @@ class Controller:
                 *self._to_remove,
                 *(msgspec.structs.replace(app.record, leaving=True) for app in self._reconciler.removing),
             ),
-            http=self._proxies.kept,
+            http=self.proxies.kept,
             ending=self._ending,
         )
 
@@ -416,7 +383,9 @@ class Controller:
         await self._checkpoints.keep(msgspec.structs.replace(now, apps=apps, **changes))
 
     def _known(self, name: str) -> RunningApp:
-        app = self._apps.get(name)
-        if app is None:
-            raise KeyError(f"there is no app {name!r}; running: {', '.join(sorted(self._apps)) or 'none'}")
+        if (app := self._apps.get(name)) is None:
+            raise self._unknown(name)
         return app
+
+    def _unknown(self, name: str) -> KeyError:
+        return KeyError(f"there is no app {name!r}; running: {', '.join(sorted(self._apps)) or 'none'}")

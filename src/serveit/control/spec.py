@@ -15,6 +15,8 @@ from serveit.config import BackendConfig, did_you_mean
 from serveit.control.orders import Settings, encode
 from serveit.control.snapshot import AppInfo, EndpointInfo, RouteInfo, app_info, backend_info
 from serveit.declare.backend import no_reconfigure
+from serveit.declare.fitting import misfits
+from serveit.declare.traffic import parse_shares, parse_traffic
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -102,6 +104,8 @@ class AppSpec(msgspec.Struct, frozen=True):
     """Of this deploy: who asks again whether it has arrived asks for the same."""
     deploy_timeout_s: float = 60.0
     """How long one of its replicas may wait for its place in the cluster."""
+    misfits: dict[str, dict[str, str]] = {}
+    """By endpoint and backend, why the endpoint cannot lead there: see `declare/fitting`."""
 
     def find(self, name: str) -> BackendSpec | None:
         """A backend of it, if there is one of that name."""
@@ -187,26 +191,47 @@ class AppSpec(msgspec.Struct, frozen=True):
         )
         return msgspec.structs.replace(self, backends=backends, id="")
 
+    def endpoint(self, name: str) -> EndpointInfo:
+        """KeyError names the nearest, if there is none."""
+        for endpoint in self.endpoints:
+            if endpoint.name == name:
+                return endpoint
+        known = [endpoint.name for endpoint in self.endpoints]
+        raise KeyError(f"app {self.name!r} has no endpoint {name!r}: {did_you_mean(str(name), known)}")
+
     def rerouted(
-        self,
-        name: str,
-        weights: Sequence[tuple[str, float]],
-        shadows: Sequence[tuple[str, float]],
+        self, name: str, weights: Mapping[str, float] | None, shadows: Mapping[str, float]
     ) -> AppSpec:
         """The same with other traffic at an endpoint.
 
+        Two who change it at once do not undo each other: each says what changes.
+
+        Args:
+            name: of the endpoint.
+            weights: all of them; None to leave them.
+            shadows: those that change; 0 ends one.
+
         Raises:
-            KeyError: no such endpoint, or no such backend.
+            KeyError: no such endpoint.
+            TypeError: what is given is no numbers by backend.
+            ValueError: no such backend, or it does not fit the endpoint's route; numbers out of range, or
+                weights that do not sum to 1.
         """
-        known = [endpoint.name for endpoint in self.endpoints]
-        if name not in known:
-            raise KeyError(f"app {self.name!r} has no endpoint {name!r}: {did_you_mean(name, known)}")
-        for backend, _ in (*weights, *shadows):
-            self.backend(backend)
-        changes = {"weights": tuple(map(tuple, weights)), "shadows": tuple(map(tuple, shadows))}
-        endpoints = tuple(
-            msgspec.structs.replace(e, **changes) if e.name == name else e for e in self.endpoints
+        found = self.endpoint(name)
+        known = [backend.name for backend in self.backends]
+        where = f"endpoint {name!r}"
+        given = parse_shares(shadows, "shadow", known, where)
+        table = parse_traffic(
+            dict(found.weights) if weights is None else weights,
+            {**dict(found.shadows), **dict(given)},
+            known,
+            where,
         )
+        for backend in sorted({*dict(table.weights), *dict(table.shadows)}):
+            if why := self.misfits.get(name, {}).get(backend):
+                raise ValueError(why)
+        changed = msgspec.structs.replace(found, weights=table.weights, shadows=table.shadows)
+        endpoints = tuple(changed if endpoint is found else endpoint for endpoint in self.endpoints)
         return msgspec.structs.replace(self, endpoints=endpoints)
 
     def published(self, replicas: Mapping[str, Sequence[ReplicaInfo]]) -> AppInfo:
@@ -264,4 +289,5 @@ def app_spec(
         owner=owner,
         id=secrets.token_hex(8),
         deploy_timeout_s=deploy_timeout_s,
+        misfits=misfits(app),
     )
