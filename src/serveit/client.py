@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol, overload
 
-from serveit.config import BackendConfig, did_you_mean
+from serveit.config import BackendConfig, check_deploy_timeout, did_you_mean
 from serveit.control.spec import check_app_name
 from serveit.declare.app import App
 from serveit.declare.traffic import parse_traffic
@@ -48,7 +48,9 @@ class Runtime(AppControl, Protocol):
 
     def get_handle(self, name: str, *, sync: bool = False) -> Any: ...
 
-    async def deploy(self, app: App, *, name: str, prefix: str, wait: bool) -> None: ...
+    async def deploy(
+        self, app: App, *, name: str, prefix: str, wait: bool, deploy_timeout_s: float
+    ) -> None: ...
 
 
 class AppClient:
@@ -145,6 +147,9 @@ class Client(AppClient):
     def __repr__(self) -> str:
         return f"<Client {self.url or 'without HTTP'}>"
 
+    def __reduce__(self) -> NoReturn:
+        raise _stays_here(self)
+
     @property
     def url(self) -> str | None:
         """Where the app answers HTTP: "http://127.0.0.1:8000"; None without a server."""
@@ -166,7 +171,15 @@ class Client(AppClient):
         """
         return self._runtime.get_handle(name, sync=sync)
 
-    async def deploy(self, app: App, *, name: str = "default", prefix: str = "", wait: bool = True) -> None:
+    async def deploy(
+        self,
+        app: App,
+        *,
+        name: str = "default",
+        prefix: str = "",
+        wait: bool = True,
+        deploy_timeout_s: float = 60.0,
+    ) -> None:
         """Serve another app in the same instance, or the next version of one. It stays until deleted.
 
         Args:
@@ -174,13 +187,18 @@ class Client(AppClient):
             name: of the app in the instance.
             prefix: in front of all its paths.
             wait: False to return when it is sure to be tried; `status` tells what becomes of it.
+            deploy_timeout_s: how long the replicas may wait for resources.
 
         Raises:
             ValueError: a route of it belongs to another app.
+            NotServing: a replica found no place in that time; the text says what the cluster lacks.
             Exception: what a replica's start-up code raised; then what ran before runs on.
         """
         check_app(app, name, prefix)
-        await self._runtime.deploy(app, name=name, prefix=prefix, wait=wait)
+        check_deploy_timeout(deploy_timeout_s)
+        await self._runtime.deploy(
+            app, name=name, prefix=prefix, wait=wait, deploy_timeout_s=deploy_timeout_s
+        )
 
 
 class SyncClient:
@@ -192,6 +210,9 @@ class SyncClient:
 
     def __repr__(self) -> str:
         return repr(self._client).replace("<Client", "<SyncClient")
+
+    def __reduce__(self) -> NoReturn:
+        raise _stays_here(self)
 
     @property
     def url(self) -> str | None:
@@ -222,13 +243,30 @@ class SyncClient:
         """As `Client.shadow_traffic`."""
         self._portal.call(self._client.shadow_traffic, endpoint, backend, fraction)
 
-    def deploy(self, app: App, *, name: str = "default", prefix: str = "", wait: bool = True) -> None:
+    def deploy(
+        self,
+        app: App,
+        *,
+        name: str = "default",
+        prefix: str = "",
+        wait: bool = True,
+        deploy_timeout_s: float = 60.0,
+    ) -> None:
         """As `Client.deploy`."""
-        self._portal.call(partial(self._client.deploy, app, name=name, prefix=prefix, wait=wait))
+        options: dict[str, Any] = {"name": name, "prefix": prefix, "wait": wait}
+        self._portal.call(partial(self._client.deploy, app, **options, deploy_timeout_s=deploy_timeout_s))
 
     def delete(self) -> None:
         """As `Client.delete`."""
         self._portal.call(self._client.delete)
+
+
+def _stays_here(client: Client | SyncClient) -> TypeError:
+    """What to say to a task, or another process, that is to be given a client."""
+    return TypeError(
+        f"a {type(client).__name__} cannot be pickled, it belongs to its process: send a handle along, "
+        "client.get_handle(...), or call serveit.connect() over there"
+    )
 
 
 def _names(spec: AppSpec) -> list[str]:

@@ -90,7 +90,7 @@ class ReplicaHost:
         install()
         order = self._order
         shipment = msgspec.msgpack.decode(order.code, type=Shipment)
-        app = unpack(shipment)
+        app = unpack(shipment, order.actor_options.get("runtime_env", {}))
         backend = find(app, order.backend, shipment)
         loop = asyncio.get_running_loop()
         resolver = Resolver(app, order.app, REPLICA_ROLE)

@@ -16,6 +16,7 @@ import msgspec
 
 from serveit.cluster.contact import ask, find_controller, join
 from serveit.cluster.controller import start_controller
+from serveit.cluster.environments import packed
 from serveit.cluster.session import open_session
 from serveit.cluster.shipping import spec_of
 from serveit.config import HTTPOptions
@@ -133,10 +134,11 @@ class Instance:
             wait: False to return when it is sure to be tried.
 
         Raises:
-            ValueError: a route of it belongs to another app.
+            ValueError: a route of it belongs to another app, or a runtime_env names what is not there.
             NotServing: a replica finds no place, or dies again and again while it starts.
             Exception: what a replica's start-up code raised. What ran before runs on.
         """
+        spec = await asyncio.to_thread(packed, spec)
         version = await ask(self._controller, "deploy", encode(spec))
         seen = b""
         while wait:

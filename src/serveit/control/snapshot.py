@@ -90,7 +90,8 @@ def app_info(app: App, name: str, prefix: str, replicas: Mapping[str, Sequence[R
     backends = []
     for backend in app.backends.values():
         config = backend.config
-        is_async = backend.is_async
+        # An import string may lead to what only replicas have. They say what is too much for them.
+        is_async = not backend.is_loaded or backend.is_async
         backends.append(
             BackendInfo(
                 name=backend.name,

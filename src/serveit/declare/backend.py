@@ -105,6 +105,11 @@ class BackendRecord:
         return self._loaded
 
     @property
+    def is_loaded(self) -> bool:
+        """Whether it is known what it is; of an import string only replicas need to know."""
+        return self._loaded is not None
+
+    @property
     def is_async(self) -> bool:
         """Whether its `__call__` runs on the event loop rather than in a thread.
 
