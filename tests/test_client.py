@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -97,6 +98,24 @@ async def test_status() -> None:
         assert (await client.status())["backends"]["slow"]["slow#1"]["running"] == 1
         assert await call == "slept"
     assert client.url is None and repr(client) == "<Client without HTTP>"
+
+
+async def test_clients_stay_where_they_are() -> None:
+    async with serve(make_app(), local=True, http={"location": None}) as client:
+        with pytest.raises(
+            TypeError, match=r"a Client cannot be pickled.* client.get_handle\(...\), or call"
+        ):
+            pickle.dumps(client)
+
+
+async def test_how_long_a_deploy_may_wait() -> None:
+    with pytest.raises(ValueError, match="deploy_timeout_s must be ≥ 0 and finite, got -1"):
+        serve(make_app(), deploy_timeout_s=-1)
+    async with serve(make_app(), local=True, http={"location": None}) as client:
+        with pytest.raises(TypeError, match="deploy_timeout_s must be a number of seconds, got '9'"):
+            await client.deploy(make_app(), deploy_timeout_s="9")  # type: ignore[arg-type]
+        with pytest.raises(NotServing, match="without Ray a process serves one app"):
+            await client.deploy(make_app(), deploy_timeout_s=9)
 
 
 async def test_a_prefix_and_a_socket_of_one_s_own() -> None:

@@ -39,7 +39,7 @@ def lacking(options: Mapping[str, Any], rooms: Sequence[Room]) -> str:
     selector = options.get("label_selector", {})
     fitting = [room for room in rooms if matches(room.labels, selector)]
     with_labels = " with label " + " and ".join(f"{key}={value}" for key, value in selector.items())
-    if not fitting:
+    if selector and not fitting:
         return f"needs a node{with_labels}, and there is none"
     asked = wanted(options)
     if any(_holds(room.free, asked) for room in fitting):
