@@ -164,6 +164,8 @@ def test_what_is_refused() -> None:
 
 def test_serving_without_a_loop() -> None:
     with serve(make_app(), local=True, http={"port": 0}) as client:
+        with pytest.raises(TypeError, match="a SyncClient cannot be pickled"):
+            pickle.dumps(client)
         assert isinstance(client, SyncClient) and repr(client) == f"<SyncClient {client.url}>"
         assert client.get_handle("double").call(4) == 8
         assert fetch(f"{client.url}/double/5") == b"10"

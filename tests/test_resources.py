@@ -32,6 +32,7 @@ from serveit.resources import check_actor_options, matches
         ),
         ({"num_gpus": math.nan}, ValueError, "finite, got nan"),
         ({"memory": math.inf}, ValueError, "finite, got inf"),
+        ({"memory": 2**50}, ValueError, r"\['memory'\] must be < 9.2e\+14, which is as far as Ray counts"),
         ({"memory": 0.5}, ValueError, r"\['memory'\] is in bytes and must be whole, got 0.5"),
         ({"resources": "tpu"}, TypeError, r"\['resources'\] must be a dict, got 'tpu'"),
         ({"resources": {"CPU": 1}}, ValueError, "for custom resources, got 'CPU': say num_cpus"),

@@ -14,6 +14,8 @@ from serveit.nearest import did_you_mean
 
 FINEST = 0.0001
 """Ray counts resources in steps of this."""
+MOST = 2**63 * FINEST
+"""It cannot count as many, and takes them for nothing."""
 
 TAKEN: Mapping[str, str] = {
     "name": "names its actors",
@@ -89,6 +91,8 @@ def _check_amount(where: str, value: Any) -> None:
         raise TypeError(f"{where} must be a number, got {value!r}{_leave_out(value)}")
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{where} must be ≥ 0 and finite, got {value!r}")
+    if value >= MOST:
+        raise ValueError(f"{where} must be < {MOST:.1e}, which is as far as Ray counts, got {value!r}")
     if 0 < value < FINEST:
         raise ValueError(f"{where} must be 0 or ≥ {FINEST}, the steps in which Ray counts, got {value!r}")
 
