@@ -68,7 +68,8 @@ async def test_serving_from_a_loop(http: Any) -> None:
     async with serve(make_app(), local=True, http=http) as client:
         assert isinstance(client, Client) and client.url is not None
         assert await asyncio.to_thread(fetch, f"{client.url}/double/4") == b"8"
-        assert await client.get_handle("double").call(4) == 8
+        handle = client.get_handle("double")
+        assert await handle.call(4) == 8
         assert await client.get_handle("/double/<value:int>").call(4) == 8
         blocking = client.get_handle("double", sync=True)
         assert isinstance(blocking, SyncHandle) and await asyncio.to_thread(blocking.call, 4) == 8
@@ -76,7 +77,7 @@ async def test_serving_from_a_loop(http: Any) -> None:
         with pytest.raises(KeyError, match="no backend or endpoint 'duoble': did you mean 'double'?"):
             client.get_handle("duoble")
     with pytest.raises(NotServing, match="'double' has been shut down"):
-        await client.get_handle("double").call(4)
+        await handle.call(4)
 
 
 async def test_status() -> None:
@@ -106,6 +107,26 @@ async def test_clients_stay_where_they_are() -> None:
             TypeError, match=r"a Client cannot be pickled.* client.get_handle\(...\), or call"
         ):
             pickle.dumps(client)
+
+
+async def test_a_client_that_has_been_left_says_so() -> None:
+    async with serve(make_app(), local=True, http={"port": 0}) as client:
+        url = client.url
+    said = r"this client has been shut down, with the serve\(...\) that it came from: enter serveit.serve"
+    for ask in (client.status, client.routes, client.delete, lambda: client.deploy(make_app())):
+        with pytest.raises(NotServing, match=said):
+            await ask()
+    with pytest.raises(NotServing, match=said):
+        client.get_handle("double")
+    assert client.url == url, "where it was"
+
+
+def test_a_blocking_client_that_has_been_left_says_so() -> None:
+    with serve(make_app(), local=True, http={"location": None}) as client:
+        pass
+    for ask in (client.status, client.routes, client.delete, lambda: client.get_handle("double")):
+        with pytest.raises(NotServing, match="this client has been shut down"):
+            ask()
 
 
 async def test_how_long_a_deploy_may_wait() -> None:

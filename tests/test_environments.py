@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from serveit.cluster.environments import merged, reason
+import pytest
+import ray
+
+from serveit import App
+from serveit.cluster.environments import merged, packed, reason
+from serveit.control.spec import app_spec
 
 SAID = """Failed to set up runtime environment.
 Could not create the actor because its associated runtime env failed to be created.
@@ -46,3 +51,12 @@ def test_a_backend_s_own_comes_before_its_job_s() -> None:
         "conda": "env",
     }
     assert merged({}, {}) == {}
+
+
+def test_ray_is_not_started_to_pack_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that outlives it is to say so, and not to join whatever cluster there is."""
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    app = App()
+    app.backend("a:b", name="b", ray_actor_options={"runtime_env": {"working_dir": "/not/here"}})
+    spec = app_spec(app, name="main", code=b"")
+    assert packed(spec) is spec

@@ -10,6 +10,7 @@ from serveit.config import BackendConfig, check_deploy_timeout, did_you_mean
 from serveit.control.spec import check_app_name
 from serveit.declare.app import App
 from serveit.declare.traffic import parse_traffic
+from serveit.exceptions import NotServing
 
 if TYPE_CHECKING:
     import socket
@@ -51,6 +52,20 @@ class Runtime(AppControl, Protocol):
     async def deploy(
         self, app: App, *, name: str, prefix: str, wait: bool, deploy_timeout_s: float
     ) -> None: ...
+
+
+class Ended:
+    """In the place of what a client has left: whatever is asked of it, it says so. Where it was is a fact."""
+
+    def __init__(self, what: str, url: str | None) -> None:
+        self._what = what
+        self.url = url
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise NotServing(
+            f"this client has been shut down, with the {self._what}(...) that it came from: enter "
+            f"serveit.{self._what}(...) again for another"
+        )
 
 
 class AppClient:
@@ -150,6 +165,19 @@ class Client(AppClient):
     def __reduce__(self) -> NoReturn:
         raise _stays_here(self)
 
+    def end(self, what: str) -> None:
+        """Nothing can be asked any more. For `Serving`, when it is left.
+
+        Args:
+            what: "serve" or "connect".
+        """
+        ended: Any = Ended(what, self.url)
+        self._app = self._runtime = ended
+
+    def check_open(self) -> None:
+        """Raises NotServing once it has been left."""
+        _ = self._runtime.status
+
     @property
     def url(self) -> str | None:
         """Where the app answers HTTP: "http://127.0.0.1:8000"; None without a server."""
@@ -206,7 +234,13 @@ class SyncClient:
 
     def __init__(self, client: Client, portal: BlockingPortal) -> None:
         self._client = client
-        self._portal = portal
+        self._loop = portal
+
+    @property
+    def _portal(self) -> BlockingPortal:
+        """To the client's event loop, which ends when it is left."""
+        self._client.check_open()
+        return self._loop
 
     def __repr__(self) -> str:
         return repr(self._client).replace("<Client", "<SyncClient")

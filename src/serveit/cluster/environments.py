@@ -34,6 +34,8 @@ def packed(spec: AppSpec) -> AppSpec:
     Raises:
         ValueError: an environment names what is not there, or Ray does not take it.
     """
+    if not ray.is_initialized():
+        return spec  # asking Ray for anything would start one, and who is to be asked next says that it ended
     jobs = dict(ray.get_runtime_context().runtime_env)
     backends = []
     for backend in spec.backends:
