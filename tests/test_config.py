@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from serveit import BackendConfig, HTTPOptions
-from serveit.config import MAX_SECONDS, check_deploy_timeout
+from serveit.config import MAX_SECONDS
 
 
 @pytest.mark.parametrize(
@@ -131,12 +131,3 @@ def test_no_time_is_longer_than_a_year() -> None:
         with pytest.raises(ValueError, match=f"{name} must be ≤ 31536000 seconds, a year, got 1e.17"):
             BackendConfig().merge(**{name: 1e17})
     assert BackendConfig(request_timeout_s=MAX_SECONDS).request_timeout_s == MAX_SECONDS
-
-
-@pytest.mark.parametrize(
-    ("value", "error"), [(-1, ValueError), (math.inf, ValueError), ("5", TypeError), (True, TypeError)]
-)
-def test_what_a_deploy_may_wait(value: Any, error: type[Exception]) -> None:
-    with pytest.raises(error, match="deploy_timeout_s must be"):
-        check_deploy_timeout(value)
-    check_deploy_timeout(0)

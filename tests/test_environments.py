@@ -59,4 +59,4 @@ def test_ray_is_not_started_to_pack_one(monkeypatch: pytest.MonkeyPatch) -> None
     app = App()
     app.backend("a:b", name="b", ray_actor_options={"runtime_env": {"working_dir": "/not/here"}})
     spec = app_spec(app, name="main", code=b"")
-    assert packed(spec) is spec
+    assert packed(spec) == spec

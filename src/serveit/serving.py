@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from anyio.from_thread import start_blocking_portal
 
 from serveit.client import Client, SyncClient, check_app
-from serveit.config import HTTPOptions, check_deploy_timeout
+from serveit.config import HTTPOptions, check_seconds
 from serveit.exceptions import NotServing
 from serveit.signals import StopSignals
 
@@ -130,7 +130,7 @@ def serve(
         on_progress: on Ray, told how far the replicas' start is, at once and whenever that changes.
     """
     check_app(app, name, prefix)
-    check_deploy_timeout(deploy_timeout_s)
+    check_seconds("deploy_timeout_s", deploy_timeout_s)
     options = None if http is None else HTTPOptions.parse(http)
     if local and address is not None:
         raise ValueError("address is for Ray, and local=True does without: give one of them")

@@ -132,6 +132,12 @@ async def test_folders_that_only_replicas_have(
         os.kill(pid, signal.SIGKILL)
         await _another(client, pid)
         assert await handle.call("y") == ["y", 4, "hay", "helped"]
+        pid = await handle.pid.call()
+        await client.update("farm", user_config=5)
+        assert (await handle.call("z"), await handle.pid.call()) == (["z", 5, "hay", "helped"], pid)
+        (working / "data.txt").write_text("straw")
+        await client.update("farm", ray_actor_options={"runtime_env": environment})
+        assert await handle.call("z") == ["z", 5, "straw", "helped"]
     environment["working_dir"] = "elsewhere"
     with pytest.raises(ValueError, match=r"backend 'farm': its runtime_env cannot be sent .*elsewhere"):
         async with serveit.serve(app, name="farm"):

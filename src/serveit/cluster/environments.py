@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import ray
 
+from serveit.resources import check_actor_options
+
 if TYPE_CHECKING:
     from serveit.control.spec import AppSpec
 
@@ -26,30 +28,41 @@ MAX_REASON = 4_000
 
 
 def packed(spec: AppSpec) -> AppSpec:
-    """The same app, with environments that replicas on any node can be given; blocking.
+    """The same app, with environments that any node can make; blocking. See `packed_options`."""
+    backends = (
+        msgspec.structs.replace(
+            backend,
+            config=backend.config.merge(
+                ray_actor_options=packed_options(backend.name, backend.ray_actor_options) or None
+            ),
+        )
+        for backend in spec.backends
+    )
+    return msgspec.structs.replace(spec, backends=tuple(backends))
+
+
+def packed_options(backend: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """A backend's `ray_actor_options`, with an environment that any node can make.
 
     What the driver's own job has (`ray.init(runtime_env=...)`) its replicas have, too: a backend's fields
     win, and of `env_vars` each by itself.
 
     Raises:
-        ValueError: an environment names what is not there, or Ray does not take it.
+        TypeError, ValueError: what `check_actor_options` refuses; the environment names what is not there, or
+            Ray does not take it.
     """
+    check_actor_options(options)
     if not ray.is_initialized():
-        return spec  # asking Ray for anything would start one, and who is to be asked next says that it ended
-    jobs = dict(ray.get_runtime_context().runtime_env)
-    backends = []
-    for backend in spec.backends:
-        options = backend.ray_actor_options
-        if environment := merged(jobs, options.get("runtime_env", {})):
-            try:
-                environment = _packed(environment)
-            except Exception as error:
-                raise ValueError(
-                    f"backend {backend.name!r}: its runtime_env cannot be sent to the cluster: {error}"
-                ) from error
-            options = {**options, "runtime_env": environment}
-        backends.append(msgspec.structs.replace(backend, ray_actor_options=options))
-    return msgspec.structs.replace(spec, backends=tuple(backends))
+        return dict(options)  # asking would start a Ray; who is to be asked next says that it has ended
+    environment = merged(ray.get_runtime_context().runtime_env, options.get("runtime_env", {}))
+    if not environment:
+        return dict(options)
+    try:
+        return {**options, "runtime_env": _packed(environment)}
+    except Exception as error:
+        raise ValueError(
+            f"backend {backend!r}: its runtime_env cannot be sent to the cluster: {error}"
+        ) from error
 
 
 def merged(jobs: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
