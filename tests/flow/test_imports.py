@@ -149,7 +149,7 @@ def batch_of_streams(app: App, module: str) -> None:
         (wrong_kind, TypeError, "backend 'late': .* is an instance; give its class, Scaler"),
         (wrong_arguments, TypeError, "Scaler cannot be constructed: missing a required argument: 'factor'"),
         (arguments_of_a_function, TypeError, "init_args and init_kwargs are for classes"),
-        (no_reconfigure, TypeError, "user_config needs a class with a method `reconfigure"),
+        (no_reconfigure, TypeError, "late. takes no user_config: it needs a class with a method `reconf"),
         (does_not_bind, TypeError, "route '/late/<another>', backend 'late': "),
         (no_such_method, (AttributeError, TypeError), "backend 'late' has no method 'explain'"),
         (two_parameters, TypeError, "must take exactly one parameter"),
