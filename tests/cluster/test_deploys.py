@@ -178,7 +178,7 @@ async def test_more_than_the_cluster_has(instance: Instance) -> None:
         with pytest.raises(NotServing) as raised:
             await running.deploy(spec, lambda progress: told.extend(progress.waiting))
         assert "huge" not in (await running.status())["apps"]
-    needs = r"needs 1000 CPU, \d+ free and 1 tpu, 0 free"
+    needs = r"needs 1000 CPU, \d+ free \(no node has more than 8\) and 1 tpu, 0 free \(no node has any\)"
     assert re.fullmatch(rf"replica huge#\d+ {needs}; waiting for \d s", told[0])
     assert re.search(rf"has waited 2.5 s for its process to exist: it {needs}; give", str(raised.value))
 
