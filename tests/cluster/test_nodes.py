@@ -7,9 +7,7 @@ import asyncio
 import os
 import secrets
 import signal
-import socket
 import sys
-import tempfile
 import textwrap
 import time
 from collections.abc import Iterator
@@ -29,6 +27,7 @@ from serveit.control.processes import ProcessDied
 from serveit.control.proxies import KeptProxies, KeptServer, Proxies
 from tests.cluster.drivers import driver
 from tests.cluster.instance import KEEPER, Instance
+from tests.cluster.nodes import free_port, listens, nodes_environment
 from tests.commands import fetch
 from tests.support import wait_until
 
@@ -137,34 +136,8 @@ SCRIPT = """
 
 @pytest.fixture
 def environment() -> Iterator[dict[str, str]]:
-    """For a cluster that has nothing to do with the session's, and soon misses a node that is lost."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    inherited.pop("PYTHONDONTWRITEBYTECODE", None)
-    with tempfile.TemporaryDirectory(prefix="nodes", ignore_cleanup_errors=True) as folder:
-        health = {"period": "500", "timeout": "2000", "initial_delay": "500"}
-        yield {
-            **inherited,
-            **{f"RAY_health_check_{name}_ms": value for name, value in health.items()},
-            "RAY_health_check_failure_threshold": "4",
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_TMPDIR": folder,  # short, for the sake of the sockets in it
-            "HOME": folder,
-        }
-
-
-def free_port(*addresses: str) -> int:
-    """One that is free at each of them."""
-    while True:
-        with socket.socket() as first:
-            first.bind((addresses[0], 0))
-            port: int = first.getsockname()[1]
-            try:
-                for address in addresses[1:]:
-                    with socket.socket() as other:
-                        other.bind((address, port))
-            except OSError:
-                continue
-            return port
+    with nodes_environment() as environment:
+        yield environment
 
 
 def answers(address: str, port: int) -> str:
@@ -173,14 +146,6 @@ def answers(address: str, port: int) -> str:
         return fetch(f"http://{address}:{port}/where")
     except OSError as error:
         return str(error)
-
-
-def listens(address: str, port: int) -> bool:
-    try:
-        socket.create_connection((address, port), timeout=5).close()
-    except OSError:
-        return False
-    return True
 
 
 def wait_for_answers(address: str, port: int, wanted: set[str], timeout_s: float) -> None:
