@@ -303,6 +303,17 @@ async def test_exactly_the_limit_passes_both_ways(app: App) -> None:
             assert await wire.is_closed()
 
 
+async def test_64_mib_both_ways_if_asked_for(app: App) -> None:
+    body = bytes(range(256)) * (64 * 2**20 // 256)
+    async with served(app, max_body_bytes=len(body)) as url, connected(url) as wire:
+        reply = await wire.get("/echo", method="POST", body=body)
+        assert reply.status == 200 and reply.body == body
+        await wire.send(b"POST /echo HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n")
+        await wire.send(b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))
+        assert (await wire.reply()).body == body
+        assert is_problem(await wire.get("/echo", method="POST", body=body + b"x"), 413)
+
+
 async def test_too_large_by_content_length_is_refused_before_any_of_it_is_read(app: App) -> None:
     async with wired(app, max_body_bytes=1000) as wire:
         await wire.send(b"POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: 1001\r\n\r\n")

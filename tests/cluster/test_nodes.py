@@ -124,8 +124,12 @@ SCRIPT = """
         with serveit.serve(app, name="nodes", http=http) as client:
             follow_nodes(client)
         silent = {"location": "NoServer", "port": int(port)}
+        began = time.monotonic()
         with serveit.serve(app, name="nodes", http=silent) as client:
-            say("silent", client.url, client.get_handle("where").call())
+            took = time.monotonic() - began
+            say("silent", client.url, client.get_handle("where").call(), int(took), *asyncio.run(servers()))
+        with serveit.serve(app, name="nodes", http={"host": "node", "port": int(port)}) as client:
+            say("alone", *asyncio.run(servers()))
     finally:
         ray.shutdown()
         cluster.shutdown()
@@ -170,7 +174,7 @@ def wait_for_the_rest(address: str, port: int, gone: str) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere 127.0.0.1 is the only address on loopback")
 @pytest.mark.timeout(180)
-def test_a_server_on_every_node(environment: dict[str, str], tmp_path: Path) -> None:
+def test_a_server_on_every_node_on_none_and_on_the_head(environment: dict[str, str], tmp_path: Path) -> None:
     port = free_port(HEAD, SECOND, THIRD, FOURTH)
     (tmp_path / "app.py").write_text(textwrap.dedent(APP))
     with driver(tmp_path, SCRIPT, HEAD, SECOND, THIRD, FOURTH, str(port), environment=environment) as running:
@@ -209,9 +213,14 @@ def test_a_server_on_every_node(environment: dict[str, str], tmp_path: Path) -> 
         assert running.says("left") == f"{HEAD} {FOURTH}"
 
         running.go_on()
-        url, _, where = running.says("silent").partition(" ")
+        url, where, took, *servers = running.says("silent").split()
         assert url == "None" and where in (HEAD, FOURTH), "the two nodes that are left"
+        assert servers == [] and int(took) < START_S / 2, "its route waits for no server"
         assert not any(listens(address, port) for address in (HEAD, SECOND, THIRD, FOURTH))
+
+        running.go_on()
+        assert running.says("alone") == HEAD, "HeadOnly is the default"
+        assert answers(HEAD, port) in (HEAD, FOURTH) and not listens(FOURTH, port)
         running.go_on()
         assert running.says("ended") == "well" and running.end() == 0
 

@@ -224,6 +224,11 @@ async def test_ready_is_who_has_a_replica_for_every_route(instance: Instance, ga
                 assert reply.status_code == 503 and reply.headers["retry-after"]
                 gate.open()
                 await until_says(http, {"status": "ready"})
+                update = keeper.deploy(slow_again(gate.folder), name="slow-again", prefix="/slow-again")
+                updating = asyncio.ensure_future(update)
+                while not updating.done():
+                    assert (await http.get("/-/readyz")).status_code == 200, "the old ones serve meanwhile"
+                await updating
             finally:
                 gate.open()
                 await client.delete()

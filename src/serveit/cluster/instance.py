@@ -274,9 +274,9 @@ def check_middlewares(options: HTTPOptions) -> None:
     for middleware in options.middlewares:
         if not isinstance(middleware, str):
             raise TypeError(
-                f"on Ray middlewares are import strings, 'package.module:factory'; got {middleware!r}: "
-                "HTTP servers run in processes of their own, which unpickle nothing. One with options is a name "
-                "in a module, too: 'package.module:cors' for cors = Middleware(CORSMiddleware, allow_origins=...)"
+                f"on Ray middlewares are import strings, 'package.module:factory'; got {middleware!r}: HTTP "
+                "servers run in processes of their own, which unpickle nothing. One with options has a name in "
+                "a module: 'package.module:cors' for cors = Middleware(CORSMiddleware, allow_origins=[...])"
             )
 
 
