@@ -227,7 +227,8 @@ async def test_ready_is_who_has_a_replica_for_every_route(instance: Instance, ga
                 update = keeper.deploy(slow_again(gate.folder), name="slow-again", prefix="/slow-again")
                 updating = asyncio.ensure_future(update)
                 while not updating.done():
-                    assert (await http.get("/-/readyz")).status_code == 200, "the old ones serve meanwhile"
+                    reply = await http.get("/-/readyz")
+                    assert reply.status_code == 200, f"the old ones serve meanwhile: {reply.text}"
                 await updating
             finally:
                 gate.open()

@@ -275,7 +275,7 @@ def check_middlewares(options: HTTPOptions) -> None:
         if not isinstance(middleware, str):
             raise TypeError(
                 f"on Ray middlewares are import strings, 'package.module:factory'; got {middleware!r}: HTTP "
-                "servers run in processes of their own, which unpickle nothing. One with options has a name in "
+                "servers are processes of their own, which unpickle nothing. One with options has a name in "
                 "a module: 'package.module:cors' for cors = Middleware(CORSMiddleware, allow_origins=[...])"
             )
 
