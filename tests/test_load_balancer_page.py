@@ -26,7 +26,7 @@ from serveit.web.proxy import Proxy
 from tests.balancers import HAPROXY, NODES, PAGE, ROOT, blocks, haproxy, needs_haproxy, needs_nginx, nginx
 from tests.rawhttp import Ingress
 
-CHECKED_S = 15.0
+CHECKED_S = 30.0
 """What health checks get to have their say: twice, each within a second."""
 
 
@@ -191,10 +191,14 @@ async def test_nginx_sends_nothing_twice(servers: list[Server], tmp_path: Path) 
 def test_python_on_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
     serving, forwarded = blocks("python")
     started: list[HTTPOptions] = []
+
+    def run(app: App, *, http: HTTPOptions, address: str) -> None:
+        started.append(http)
+
     app = ModuleType("app")
     app.app = App()  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "app", app)
-    monkeypatch.setattr(serveit, "serve", lambda app, http: started.append(http))
+    monkeypatch.setattr(serveit, "run", run)
     exec(compile(serving, "docs/load-balancer.md", "exec"), {})
     assert started == [HTTPOptions(location="EveryNode", host="node", port=8000)]
     module = ModuleType("forwarded")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.balancers import Balancer, haproxy, needs_haproxy, needs_nginx, nginx
+from tests.balancers import ROOT, Balancer, haproxy, needs_haproxy, needs_nginx, nginx
 from tests.cluster.drivers import Driver, driver
 from tests.cluster.nodes import free_port, listens, nodes_environment
 from tests.commands import fetch
@@ -31,15 +31,15 @@ pytestmark = [
 
 NODES = ("127.0.0.2", "127.0.0.3", "127.0.0.4")
 LOST = NODES[1]
-START_S = 90.0
+START_S = 120.0
 RATE = 100.0
 WORK_S = 0.05
 SOME = 100
 """Requests: a second's worth."""
-BACK_S = 15.0
+BACK_S = 30.0
 """What a node's server gets to be there again, and in use, on a busy machine."""
-MAX_RUNNING = 15
-"""Requests: RATE * WORK_S are 5, and a busy machine is late with some."""
+LATE_S = 1.0
+"""By how much what is noted here may be late, on a busy machine."""
 GAP_S = 5.0
 """The longest time without an answer, while a node is lost."""
 
@@ -132,7 +132,7 @@ class Nodes:
         deadline = asyncio.get_running_loop().time() + BACK_S
         while True:
             with contextlib.suppress(OSError):
-                if "ready" in await asyncio.to_thread(fetch, url):
+                if '"status":"ready"' in await asyncio.to_thread(fetch, url):
                     return
             assert asyncio.get_running_loop().time() < deadline, f"{url} does not answer"
             await asyncio.sleep(0.05)
@@ -165,10 +165,8 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     port = free_port(*NODES)
     (folder / "app.py").write_text(textwrap.dedent(APP).replace("WORK_S", str(WORK_S)))
     with nodes_environment() as environment:
-        root = str(Path(__file__).parent.parent.parent)
-        environment["PYTHONPATH"] = os.pathsep.join([root, environment.get("PYTHONPATH", "")]).strip(
-            os.pathsep
-        )
+        paths = [str(ROOT), environment.get("PYTHONPATH")]  # replicas import `tests.account`
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
         with driver(folder, SCRIPT, str(port), *NODES, environment=environment) as running:
             running.wait_for("^serving ", START_S)
             yield Nodes(running, port)
@@ -225,22 +223,27 @@ async def test_haproxy_drains_a_server_and_loses_it(nodes: Nodes, folder: Path) 
             await load.more(SOME)
 
             nodes.kill_server(LOST)
+            killed = asyncio.get_running_loop().time()
             await load.more(2 * SOME)
             await nodes.until_ready(LOST)
-            await wait_until(lambda: "ready/node2 is UP" in balancer.log.read_text(), BACK_S, "it is back")
+            await wait_until(
+                lambda: "ready/node2 is UP, reason" in balancer.log.read_text(), BACK_S, "it is back"
+            )
             back = load.mark
             await load.more(SOME)
         sent_to = balancer.sent_to()
     load.report(until=ready).check()
     load.report(since=back).check()
-    report = load.report().check(max_failed=MAX_RUNNING, max_gap_s=GAP_S)
-    assert report.failed.keys() <= {"not a handler's answer (502)", "502"}, report
+    load.report().check(max_failed=SOME, max_gap_s=GAP_S)
     sent = [
         [sent_to[entry.id] for entry in part] for part in (load.entries[drained:ready], load.entries[back:])
     ]
     assert "node2" not in sent[0], "it was drained"
     assert {*sent[1]} == {"node1", "node2", "node3"}
-    assert {sent_to[entry.id] for entry in load.entries if not entry.is_ok} <= {"node2"}
+    for entry in load.entries:
+        if not entry.is_ok:  # HAProxy's own 502
+            assert (entry.outcome, sent_to[entry.id]) == ("502", "node2"), entry
+            assert entry.due < killed + LATE_S, entry
 
 
 @needs_haproxy
@@ -252,6 +255,7 @@ async def test_haproxy_loses_a_node(nodes: Nodes, folder: Path) -> None:
             assert load.versions() == {*NODES}
             await nodes.lose(LOST)
             await wait_until(lambda: not nodes.listens(LOST), BACK_S, "its server is gone")
+            ended = asyncio.get_running_loop().time()
             await load.more(2 * SOME)
             gone = load.mark
             await load.more(SOME)
@@ -262,18 +266,14 @@ async def test_haproxy_loses_a_node(nodes: Nodes, folder: Path) -> None:
         sent_to = balancer.sent_to()
     load.report(since=gone, until=added).check()
     load.report(since=added).check()
-    load.report().check(max_failed=2 * MAX_RUNNING, max_gap_s=GAP_S)
+    load.report().check(max_failed=gone, max_gap_s=GAP_S)
     ran_on = started_on(log)
-    failed = {entry.id: entry for entry in load.entries if not entry.is_ok}
-    for id, entry in failed.items():
-        if entry.status is not None:
-            assert entry.outcome in ("502, executed: maybe", "502"), entry  # serveit's, HAProxy's
-            assert ran_on.get(id, LOST) == LOST or sent_to[id] == "node2", (
-                "only what ran there is lost with it"
-            )
-    # HAProxy says nothing of those whose connection it ends, as its own was; that was at one moment.
-    cut = [entry.done for entry in failed.values() if entry.status is None and entry.done is not None]
-    assert not cut or max(cut) - min(cut) < 1.0, failed
+    for entry in load.entries:
+        if entry.outcome == "502, executed: maybe":
+            assert ran_on.get(entry.id, LOST) == LOST, entry
+        elif not entry.is_ok:  # HAProxy's own 502, or, where the connection had been used before, its end
+            assert entry.status in (502, None) and entry.due < ended + LATE_S, entry
+            assert sent_to.get(entry.id, "node2") == "node2", entry
 
 
 @needs_nginx
@@ -290,5 +290,5 @@ async def test_nginx_loses_a_server(nodes: Nodes, folder: Path) -> None:
             back = load.mark
             await load.more(SOME)
     load.report(since=back).check()
-    report = load.report().check(max_failed=MAX_RUNNING, max_gap_s=GAP_S)
+    report = load.report().check(max_failed=SOME, max_gap_s=GAP_S)
     assert report.failed.keys() <= {"502"}, report
