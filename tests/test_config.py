@@ -89,7 +89,8 @@ def test_merge_checks_the_whole() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
-        ({"host": ""}, TypeError, "host must be an address or a name, got ''"),
+        ({"host": ""}, TypeError, "host must be an address, a name or 'node', got ''"),
+        ({"host": None}, TypeError, "got None: for no HTTP server at all there is location=None"),
         ({"host": 3}, TypeError, "host must be"),
         ({"port": -1}, ValueError, "port must be ≥ 0"),
         ({"port": 65_536}, ValueError, "port must be ≤ 65535"),
@@ -99,6 +100,7 @@ def test_merge_checks_the_whole() -> None:
         ({"root_path": "/api/"}, ValueError, "not end with one"),
         ({"middlewares": "a:b"}, TypeError, "a list of factories, got 'a:b'"),
         ({"middlewares": 3}, TypeError, "a list of factories"),
+        ({"middlewares": [3]}, TypeError, "a middleware is a factory, .* got 3"),
         ({"ssl_keyfile": "key.pem"}, ValueError, "needs ssl_certfile"),
         ({"max_body_bytes": 0}, ValueError, "max_body_bytes must be ≥ 1"),
         ({"keep_alive_s": -1}, ValueError, "keep_alive_s must be ≥ 0"),

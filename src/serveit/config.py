@@ -172,8 +172,9 @@ class HTTPOptions:
         port: TCP port; 0 picks a free one, on each node another.
         location: "HeadOnly" (one server, on the head node), "EveryNode" (one on each, also on nodes that
             join later), or "NoServer"/None.
-        middlewares: ASGI middleware factories, outermost first: "package.module:factory" or the
-            factory itself; each is called with the ASGI app that it wraps.
+        middlewares: ASGI middlewares, outermost first. Each is a factory, called with the ASGI app that it
+            wraps, or a `starlette.middleware.Middleware` with its options; or the import string of
+            either, "package.module:name". On Ray import strings only: each server imports them itself.
         root_path: the path prefix that a reverse proxy in front strips.
         access_log: log a line per request.
         debug: put the exception's type, text and traceback into 500 answers.
@@ -201,7 +202,10 @@ class HTTPOptions:
 
     def __post_init__(self) -> None:
         if not isinstance(self.host, str) or not self.host:
-            raise TypeError(f"host must be an address or a name, got {self.host!r}")
+            raise TypeError(
+                f"host must be an address, a name or {NODE_HOST!r}, got {self.host!r}: "
+                "for no HTTP server at all there is location=None"
+            )
         _check_count("port", self.port, least=0)
         if self.port > 65_535:
             raise ValueError(f"port must be ≤ 65535, got {self.port}")
@@ -215,6 +219,12 @@ class HTTPOptions:
             raise ValueError(f"root_path must start with '/' and not end with one, got {self.root_path!r}")
         if isinstance(self.middlewares, str) or not isinstance(self.middlewares, Sequence):
             raise TypeError(f"middlewares must be a list of factories, got {self.middlewares!r}")
+        for entry in self.middlewares:
+            if not isinstance(entry, str) and not callable(entry) and not hasattr(entry, "cls"):
+                raise TypeError(
+                    f"a middleware is a factory, a Middleware of Starlette's, or the import string of one, "
+                    f"got {entry!r}"
+                )
         if self.ssl_keyfile and not self.ssl_certfile:
             raise ValueError("ssl_keyfile needs ssl_certfile")
 

@@ -73,7 +73,12 @@ async def test_the_next_version_takes_the_place_of_the_last(instance: Instance) 
             client.get_handle("one")
         with pytest.raises(apps.OwnError):
             await client.deploy(apps.broken, name="versions", prefix="/versions")
-        assert await client.get_handle("other").call() == "second", "what ran runs on"
+        held = client.get_handle("other")
+        assert await held.call() == "second", "what ran runs on"
+        await client.deploy(apps.first, name="versions", prefix="/versions")
+        assert (await fetch(instance.url, "/versions/more"))[0] == 404, "its route is gone"
+        with pytest.raises(KeyError, match="no backend or endpoint 'other'"):
+            await held.call()
         await client.delete()
     assert (await fetch(instance.url, "/versions/version"))[0] == 404
 

@@ -280,14 +280,19 @@ def _check(outcome: Deployed | DeployFailed) -> None:
         raise _error(outcome.cause) if outcome.cause is not None else NotServing(outcome.text)
 
 
-def _encode_options(options: HTTPOptions) -> bytes:
-    """Raises TypeError for middlewares that are no import strings: proxies unpickle nothing."""
+def check_middlewares(options: HTTPOptions) -> None:
+    """Raises TypeError for those that are no import strings: proxies unpickle nothing."""
     for middleware in options.middlewares:
         if not isinstance(middleware, str):
             raise TypeError(
-                f"on Ray middlewares are import strings, 'package.module:factory'; got {middleware!r}: "
-                "proxies run in processes of their own, which unpickle nothing"
+                f"on Ray middlewares are import strings, 'package.module:factory'; got {middleware!r}: HTTP "
+                "servers are processes of their own, which unpickle nothing. One with options has a name in "
+                "a module: 'package.module:cors' for cors = Middleware(CORSMiddleware, allow_origins=[...])"
             )
+
+
+def _encode_options(options: HTTPOptions) -> bytes:
+    check_middlewares(options)
     return msgspec.json.encode(options)
 
 
