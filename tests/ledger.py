@@ -16,7 +16,7 @@ import contextlib
 import secrets
 import socket
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -137,14 +137,17 @@ class Ledger:
         rate: float = 200.0,
         log: Path | None = None,
         patience_s: float = PATIENCE_S,
+        fields: Mapping[str, str] | None = None,
     ) -> None:
         """
         Args:
             url: of the server, "http://127.0.0.1:8000".
-            path: of the route, whose handler returns `recorded(...)` of the query's `id`.
+            path: of the route, with a query if need be; its handler returns
+                `recorded(...)` of the query's `id`.
             rate: requests a second.
             log: what the handlers note in.
             patience_s: what requests that are under way in the end get.
+            fields: of each request's header.
         """
         parts = urlsplit(url)
         assert parts.scheme == "http" and parts.hostname and parts.port, url
@@ -154,6 +157,7 @@ class Ledger:
         self._rate = rate
         self._log = log
         self._patience_s = patience_s
+        self._fields = "".join(f"{name}: {value}\r\n" for name, value in (fields or {}).items())
         self._run = secrets.token_hex(4)
         self._echoes: Counter[str] = Counter()
         self._num_done = 0
@@ -238,7 +242,9 @@ class Ledger:
 
     def _request(self, entry: Entry) -> bytes:
         host, port = self._place
-        return f"GET {self._path}?id={entry.id} HTTP/1.1\r\nhost: {host}:{port}\r\n\r\n".encode()
+        joint = "&" if "?" in self._path else "?"
+        target = f"{self._path}{joint}id={entry.id}"
+        return f"GET {target} HTTP/1.1\r\nhost: {host}:{port}\r\n{self._fields}\r\n".encode()
 
     # -- what connections tell ---------------------------------------------------------------
 

@@ -303,6 +303,17 @@ async def test_exactly_the_limit_passes_both_ways(app: App) -> None:
             assert await wire.is_closed()
 
 
+async def test_64_mib_both_ways_if_asked_for(app: App) -> None:
+    body = bytes(range(256)) * (64 * 2**20 // 256)
+    async with served(app, max_body_bytes=len(body)) as url, connected(url) as wire:
+        reply = await wire.get("/echo", method="POST", body=body)
+        assert reply.status == 200 and reply.body == body
+        await wire.send(b"POST /echo HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n")
+        await wire.send(b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))
+        assert (await wire.reply()).body == body
+        assert is_problem(await wire.get("/echo", method="POST", body=body + b"x"), 413)
+
+
 async def test_too_large_by_content_length_is_refused_before_any_of_it_is_read(app: App) -> None:
     async with wired(app, max_body_bytes=1000) as wire:
         await wire.send(b"POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: 1001\r\n\r\n")
@@ -1056,6 +1067,13 @@ def tagging(app: Any) -> Any:
     return tagged
 
 
+with_options = Middleware(CORSMiddleware, allow_origins=["http://here"])
+
+
+def broken(app: Any) -> Any:
+    return 1 / 0
+
+
 def failing(app: Any) -> Any:
     async def fails(scope: Any, receive: Any, send: Any) -> None:
         if scope["path"] == "/late":
@@ -1087,6 +1105,13 @@ async def test_middlewares_of_every_kind(app: App) -> None:
         assert [value for name, value in reply.headers if name == "x-request-id"] == ["mine"]
         made = await wire.get("/whole")
         assert made["x-named"] == made["x-request-id"]
+
+
+async def test_a_middleware_with_options_by_its_import_string(app: App) -> None:
+    async with wired(app, middlewares=["tests.test_ingress:with_options"]) as wire:
+        reply = await wire.get("/whole", "Origin: http://here")
+        assert reply["access-control-allow-origin"] == "http://here"
+        assert "access-control-allow-origin" not in await wire.get("/whole", "Origin: http://elsewhere")
 
 
 async def test_clients_that_leave_are_noticed_through_middlewares(
@@ -1207,6 +1232,11 @@ def test_middlewares_that_are_none() -> None:
         with_middlewares(app, HTTPOptions(middlewares=["tests.test_ingress:nothing_here"]))
     with pytest.raises(TypeError, match="returned None: it must return an ASGI app"):
         with_middlewares(app, HTTPOptions(middlewares=[lambda app: None]))
+    with pytest.raises(TypeError, match="'tests.test_ingress:FIELD' is .*: it must be a factory"):
+        with_middlewares(app, HTTPOptions(middlewares=["tests.test_ingress:FIELD"]))
+    with pytest.raises(ZeroDivisionError) as caught:
+        with_middlewares(app, HTTPOptions(middlewares=["tests.test_ingress:broken"]))
+    assert caught.value.__notes__ == ["(in the making of middleware 'tests.test_ingress:broken')"]
 
 
 # -- stopping ------------------------------------------------------------------------------------

@@ -120,8 +120,15 @@ async def test_a_certificate_that_cannot_be_read_is_named(tmp_path: Path) -> Non
         await make(ssl_certfile=str(broken)).start()
 
 
-async def test_accepted_sockets_do_not_wait_to_fill_packets() -> None:
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_accepted_sockets_do_not_wait_to_fill_packets(loop: str) -> None:
     """The trap: asyncio leaves Nagle's algorithm on for a listening socket made with protocol 0."""
+    factory = None if loop == "asyncio" else pytest.importorskip("uvloop").new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        runner.run(_check_no_delay())
+
+
+async def _check_no_delay() -> None:
     theirs = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     theirs.bind(("127.0.0.1", 0))
     assert theirs.proto == 0

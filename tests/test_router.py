@@ -377,6 +377,34 @@ async def test_what_was_only_queued_goes_elsewhere_once(rig: Rig) -> None:
     assert caught.value.executed == "no"
 
 
+async def test_who_is_gone_serves_until_its_successor_is_connected(rig: Rig) -> None:
+    gate = rig.replicas.gates["b"] = asyncio.Event()
+    await rig.update("a", limit=1)
+    updating = asyncio.ensure_future(rig.update("b", limit=1))
+    await asyncio.sleep(0)
+    assert rig.router.statistics().replicas_ready == 1
+    first = rig.submit()
+    assert first.connection is not None and first.connection.replica.id == "a"
+    gate.set()
+    await updating
+    second = rig.submit()
+    assert second.connection is not None and second.connection.replica.id == "b"
+    rig["a"].answer(1)
+    assert first.phase == Phase.DONE and rig.router.statistics().replicas_ready == 1
+
+
+async def test_who_is_wanted_again_meanwhile_is_kept(rig: Rig) -> None:
+    gate = rig.replicas.gates["b"] = asyncio.Event()
+    await rig.update("a", limit=1)
+    updating = asyncio.ensure_future(rig.update("b", limit=1))
+    await asyncio.sleep(0)
+    again = asyncio.ensure_future(rig.update("a", "b", limit=1))
+    await asyncio.sleep(0)
+    gate.set()
+    await asyncio.gather(updating, again)
+    assert rig.router.statistics().replicas_ready == 2
+
+
 @pytest.mark.parametrize("phase", [Phase.SENT, Phase.STARTED])
 async def test_what_may_have_run_is_not_sent_again(rig: Rig, phase: Phase) -> None:
     await rig.update("a", "b", limit=1)

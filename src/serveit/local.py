@@ -223,7 +223,9 @@ class LocalRuntime:
         self._spec = self._spec.rerouted(endpoint, weights, shadows)
         await self._see_through(self._publish())
 
-    async def deploy(self, app: App, *, name: str, prefix: str, wait: bool = True) -> None:
+    async def deploy(
+        self, app: App, *, name: str, prefix: str, wait: bool = True, deploy_timeout_s: float = 60.0
+    ) -> None:
         raise NeedsRay("without Ray a process serves one app: leave local=True out to serve several")
 
     async def delete(self) -> None:

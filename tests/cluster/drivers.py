@@ -33,11 +33,11 @@ class Driver(Talking):
         """The rest of the first line from here on that begins with `word`."""
         return self.wait_for(f"^{re.escape(word)} (.*)")[1]
 
-    def go_on(self) -> None:
+    def go_on(self, line: str = "") -> None:
         """Give it a line to read."""
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has ended
-            self.process.stdin.write("\n")
+            self.process.stdin.write(f"{line}\n")
             self.process.stdin.flush()
 
     def end(self) -> int:

@@ -7,9 +7,7 @@ import asyncio
 import os
 import secrets
 import signal
-import socket
 import sys
-import tempfile
 import textwrap
 import time
 from collections.abc import Iterator
@@ -29,6 +27,7 @@ from serveit.control.processes import ProcessDied
 from serveit.control.proxies import KeptProxies, KeptServer, Proxies
 from tests.cluster.drivers import driver
 from tests.cluster.instance import KEEPER, Instance
+from tests.cluster.nodes import free_port, listens, nodes_environment
 from tests.commands import fetch
 from tests.support import wait_until
 
@@ -125,8 +124,12 @@ SCRIPT = """
         with serveit.serve(app, name="nodes", http=http) as client:
             follow_nodes(client)
         silent = {"location": "NoServer", "port": int(port)}
+        began = time.monotonic()
         with serveit.serve(app, name="nodes", http=silent) as client:
-            say("silent", client.url, client.get_handle("where").call())
+            took = time.monotonic() - began
+            say("silent", client.url, client.get_handle("where").call(), int(took), *asyncio.run(servers()))
+        with serveit.serve(app, name="nodes", http={"host": "node", "port": int(port)}) as client:
+            say("alone", *asyncio.run(servers()))
     finally:
         ray.shutdown()
         cluster.shutdown()
@@ -137,34 +140,8 @@ SCRIPT = """
 
 @pytest.fixture
 def environment() -> Iterator[dict[str, str]]:
-    """For a cluster that has nothing to do with the session's, and soon misses a node that is lost."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    inherited.pop("PYTHONDONTWRITEBYTECODE", None)
-    with tempfile.TemporaryDirectory(prefix="nodes", ignore_cleanup_errors=True) as folder:
-        health = {"period": "500", "timeout": "2000", "initial_delay": "500"}
-        yield {
-            **inherited,
-            **{f"RAY_health_check_{name}_ms": value for name, value in health.items()},
-            "RAY_health_check_failure_threshold": "4",
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_TMPDIR": folder,  # short, for the sake of the sockets in it
-            "HOME": folder,
-        }
-
-
-def free_port(*addresses: str) -> int:
-    """One that is free at each of them."""
-    while True:
-        with socket.socket() as first:
-            first.bind((addresses[0], 0))
-            port: int = first.getsockname()[1]
-            try:
-                for address in addresses[1:]:
-                    with socket.socket() as other:
-                        other.bind((address, port))
-            except OSError:
-                continue
-            return port
+    with nodes_environment() as environment:
+        yield environment
 
 
 def answers(address: str, port: int) -> str:
@@ -173,14 +150,6 @@ def answers(address: str, port: int) -> str:
         return fetch(f"http://{address}:{port}/where")
     except OSError as error:
         return str(error)
-
-
-def listens(address: str, port: int) -> bool:
-    try:
-        socket.create_connection((address, port), timeout=5).close()
-    except OSError:
-        return False
-    return True
 
 
 def wait_for_answers(address: str, port: int, wanted: set[str], timeout_s: float) -> None:
@@ -205,7 +174,7 @@ def wait_for_the_rest(address: str, port: int, gone: str) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere 127.0.0.1 is the only address on loopback")
 @pytest.mark.timeout(180)
-def test_a_server_on_every_node(environment: dict[str, str], tmp_path: Path) -> None:
+def test_a_server_on_every_node_on_none_and_on_the_head(environment: dict[str, str], tmp_path: Path) -> None:
     port = free_port(HEAD, SECOND, THIRD, FOURTH)
     (tmp_path / "app.py").write_text(textwrap.dedent(APP))
     with driver(tmp_path, SCRIPT, HEAD, SECOND, THIRD, FOURTH, str(port), environment=environment) as running:
@@ -244,9 +213,14 @@ def test_a_server_on_every_node(environment: dict[str, str], tmp_path: Path) -> 
         assert running.says("left") == f"{HEAD} {FOURTH}"
 
         running.go_on()
-        url, _, where = running.says("silent").partition(" ")
+        url, where, took, *servers = running.says("silent").split()
         assert url == "None" and where in (HEAD, FOURTH), "the two nodes that are left"
+        assert servers == [] and int(took) < START_S / 2, "its route waits for no server"
         assert not any(listens(address, port) for address in (HEAD, SECOND, THIRD, FOURTH))
+
+        running.go_on()
+        assert running.says("alone") == HEAD, "HeadOnly is the default"
+        assert answers(HEAD, port) in (HEAD, FOURTH) and not listens(FOURTH, port)
         running.go_on()
         assert running.says("ended") == "well" and running.end() == 0
 

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 import math
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
+from starlette.responses import (
+    FileResponse,
+    HTMLResponse,
+    JSONResponse,
+    PlainTextResponse,
+    RedirectResponse,
+    Response,
+    StreamingResponse,
+)
 
 from serveit import App, Header, Query, context
 from serveit.exceptions import QueueFull
@@ -34,6 +44,27 @@ async def hello(name: str, shout: bool = False) -> str:
 @pages.route("/raw/{user_id:int}/{number:float}")
 def raw(request):  # type: ignore[no-untyped-def]
     return {name: [type(value).__name__, value] for name, value in request.path_params.items()}
+
+
+class Model(msgspec.Struct):
+    name: str
+    size: int | None = None
+
+
+VALUES: dict[str, Any] = {
+    "dict": {"a": [1, 2], "b": {"c": None}},
+    "list": [1, "a", None],
+    "tuple": (1, 2.5),
+    "set": {7},
+    "int": 7,
+    "float": 2.5,
+    "bool": True,
+    "numpy scalar": np.float32(0.5),
+    "struct": Model("m"),
+    "dataclass": Order("tea"),
+    "datetime": datetime.datetime(2021, 2, 25, 12, tzinfo=datetime.UTC),
+    "octets inside": {"a": b"\x00\xff"},
+}
 
 
 @pages.backend(request_timeout_s=20)
@@ -87,8 +118,16 @@ class Pages:
                 return response
             case "streaming":
                 return StreamingResponse(iter(["a", "b"]), media_type="text/csv", status_code=203)
+            case "html":
+                return HTMLResponse("<p>ü")
+            case "plain":
+                return PlainTextResponse("ü", status_code=202)
+            case "file":
+                return FileResponse(__file__, media_type="text/x-python")
             case "large":
                 return b"x" * (16 * 1024 * 1024)
+            case _:
+                return VALUES[kind]
 
     async def fail(self, kind: str) -> None:
         match kind:
@@ -110,6 +149,13 @@ class Pages:
         yield "first"
         await gate.passed()
         yield "last"
+
+    async def streamed(self, folder: str) -> StreamingResponse:
+        return StreamingResponse(self.stream(folder), headers={"x-own": "yes"})
+
+    async def records(self) -> AsyncIterator[dict[str, int]]:
+        yield {"a": 1}
+        yield {"a": 2}
 
     def thread_stream(self, end: int) -> Iterator[str]:
         for number in range(end):
@@ -149,6 +195,8 @@ pages.add_route("/fail/<kind>", Pages.fail)
 pages.add_route("/fields", Pages.fields)
 pages.add_route("/form", Pages.form, methods=["POST"])
 pages.add_route("/stream", Pages.stream)
+pages.add_route("/streamed", Pages.streamed)
+pages.add_route("/records", Pages.records)
 pages.add_route("/lines/<end:int>", Pages.thread_stream)
 pages.add_route("/endless", Pages.endless)
 pages.add_route("/cut/<at:int>", Pages.cut)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
+from collections.abc import AsyncIterator
 
 import pytest
 
 from serveit import App
+from tests.flow import pages as pages_module
 from tests.flow.answers import problem
 from tests.flow.conftest import Served
 from tests.flow.gates import Gate
-from tests.flow.pages import pages
+from tests.flow.pages import VALUES, pages
 from tests.rawhttp import connected
 from tests.support import wait_until
 
@@ -105,10 +108,18 @@ async def test_forms_are_a_415_that_names_the_way_out(served: Served) -> None:
 # -- sizes ---------------------------------------------------------------------------------------
 
 
+async def in_chunks(octets: bytes) -> AsyncIterator[bytes]:
+    """A body whose length is not said beforehand."""
+    for start in range(0, len(octets), MIB):
+        yield octets[start : start + MIB]
+
+
 async def test_16_mib_both_ways(served: Served) -> None:
     octets = os.urandom(MIB) * 16
     fields = {"content-type": "application/octet-stream"}
     reply = await served.http.post("/octets", content=octets, headers=fields)
+    assert reply.content == octets
+    reply = await served.http.post("/octets", content=in_chunks(octets), headers=fields)
     assert reply.content == octets
     assert len((await served.http.get("/answer/large")).content) == 16 * MIB
 
@@ -118,6 +129,11 @@ async def test_more_is_a_413(served: Served) -> None:
     async with connected(served.url) as wire:
         reply = await wire.get(f"{served.prefix}/octets", *fields, method="POST")
     assert reply.status == 413 and reply["x-serveit-executed"] == "no"
+    chunks = in_chunks(bytes(16 * MIB + 1))
+    late = await served.http.post(
+        "/octets", content=chunks, headers={"content-type": "application/octet-stream"}
+    )
+    assert problem(late, 413)["detail"] == "the body is larger than max_body_bytes=16,777,216"
 
 
 async def test_large_bodies_of_many_at_once(served: Served) -> None:
@@ -140,6 +156,30 @@ async def test_answers_of_each_kind(served: Served) -> None:
     assert (await served.http.get("/answer/array")).json() == {"array": [0.0, 1.0, 2.0], "scalar": 7}
 
 
+JSON_VALUES = {
+    "dict": '{"a":[1,2],"b":{"c":null}}',
+    "list": '[1,"a",null]',
+    "tuple": "[1,2.5]",
+    "set": "[7]",
+    "int": "7",
+    "float": "2.5",
+    "bool": "true",
+    "numpy scalar": "0.5",
+    "struct": '{"name":"m","size":null}',
+    "dataclass": '{"item":"tea","count":1}',
+    "datetime": '"2021-02-25T12:00:00Z"',
+    "octets inside": '{"a":"AP8="}',
+}
+
+
+async def test_everything_else_is_compact_json(served: Served) -> None:
+    assert JSON_VALUES.keys() == VALUES.keys()
+    for kind, text in JSON_VALUES.items():
+        reply = await served.http.get(f"/answer/{kind}")
+        assert (reply.status_code, reply.headers["content-type"]) == (200, "application/json"), kind
+        assert reply.text == text, kind
+
+
 async def test_what_json_lacks_is_the_backends_error(served: Served) -> None:
     assert "a[1]" in problem(await served.http.get("/answer/nan"), 500, "yes")["detail"]
     assert "inf" in problem(await served.http.get("/answer/nan%20array"), 500, "yes")["detail"]
@@ -157,6 +197,13 @@ async def test_starlettes_responses(served: Served) -> None:
     reply = await served.http.get("/answer/streaming")
     assert (reply.status_code, reply.text) == (203, "ab")
     assert reply.headers["content-type"] == "text/csv; charset=utf-8"
+    reply = await served.http.get("/answer/html")
+    assert (reply.text, reply.headers["content-type"]) == ("<p>ü", "text/html; charset=utf-8")
+    reply = await served.http.get("/answer/plain")
+    assert (reply.status_code, reply.text) == (202, "ü")
+    reply = await served.http.get("/answer/file")
+    assert reply.text == inspect.getsource(pages_module) and reply.headers["etag"]
+    assert reply.headers["content-type"].startswith("text/x-python")
 
 
 # -- errors --------------------------------------------------------------------------------------
@@ -225,9 +272,10 @@ async def test_running_code_is_cancelled_when_the_client_leaves(served: Served, 
 # -- streams -------------------------------------------------------------------------------------
 
 
-async def test_chunks_come_as_they_are_made(served: Served, gate: Gate) -> None:
+@pytest.mark.parametrize("path", ["/stream", "/streamed"], ids=["generator", "response"])
+async def test_chunks_come_as_they_are_made(served: Served, gate: Gate, path: str) -> None:
     async with connected(served.url) as wire:
-        path = f"{served.prefix}/stream?folder={gate.folder}"
+        path = f"{served.prefix}{path}?folder={gate.folder}"
         await wire.send(f"GET {path} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
         head = await wire.head()
         assert (head.status, head["transfer-encoding"]) == (200, "chunked")
@@ -237,6 +285,11 @@ async def test_chunks_come_as_they_are_made(served: Served, gate: Gate) -> None:
         assert (await wire.get(f"{served.prefix}/hello/Ada")).status == 200
     lines = (await served.http.get("/lines/1000")).text
     assert lines == "".join(f"{number}\n" for number in range(1000))
+
+
+async def test_other_chunks_are_lines_of_json(served: Served) -> None:
+    reply = await served.http.get("/records")
+    assert (reply.text, reply.headers["content-type"]) == ('{"a":1}\n{"a":2}\n', "application/x-ndjson")
 
 
 async def test_a_stream_that_fails(served: Served) -> None:

@@ -122,7 +122,7 @@ class Router:
     # -- from whoever has the snapshots ------------------------------------------------------
 
     async def update(self, info: BackendInfo) -> None:
-        """Follow a snapshot: connect to new replicas, let go of those that are gone.
+        """Follow a snapshot: connect to new replicas, then let go of those that are gone.
 
         A replica that cannot be reached is left out; the next snapshot tries it again.
         """
@@ -131,10 +131,9 @@ class Router:
         self.info = info
         limit, prefetch = info.max_ongoing_requests, info.prefetch
         wanted = {replica.id for replica in info.replicas}
-        for connection in list(self._ring):
-            if connection.replica.id not in wanted:
-                connection.retire()
-            elif connection.closed:
+        gone = [each for each in self._ring if each.replica.id not in wanted]
+        for connection in [each for each in self._ring if each.replica.id in wanted]:
+            if connection.closed:
                 self._forget(connection)
             else:
                 connection.adjust(limit, prefetch)
@@ -146,6 +145,8 @@ class Router:
         for connection in list(self._ring):
             self.room_made(connection)
         await asyncio.gather(*map(self._open, new))
+        for connection in gone if self.info is info else ():  # a later snapshot may want them again
+            connection.retire()
 
     def drain(self) -> None:
         """Take calls of running requests only, which are to come to their ends; fail what else waits."""

@@ -18,7 +18,7 @@ import msgspec
 import ray
 
 from serveit.cluster.contact import Line, find_controller
-from serveit.cluster.instance import start_instance
+from serveit.cluster.instance import check_middlewares, start_instance
 from serveit.cluster.launching import end_actors
 from serveit.cluster.session import open_session
 from serveit.config import NODE_HOST, HTTPOptions
@@ -153,12 +153,15 @@ async def opened_session(address: str | None) -> AsyncIterator[Session]:
 
 
 def check_free(http: HTTPOptions | None, address: str | None) -> None:
-    """Find out that the port is taken before anything is started, where that can be known here.
+    """Find out that the port is taken, or a middleware cannot travel, before anything is started, where
+    that can be known here.
 
     Raises:
-        OSError: it is.
+        OSError: the port is taken.
+        TypeError: a middleware cannot travel.
     """
     options = http or HTTPOptions()
+    check_middlewares(options)
     if options.serves and options.host != NODE_HOST and address is None and not ray.is_initialized():
         from serveit.web.proxy import bind
 

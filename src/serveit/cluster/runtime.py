@@ -106,7 +106,7 @@ class ClusterRuntime:
         """An app of one's own."""
         # What can be found wrong before anything is started, is.
         check_free(self._http, self._address)
-        spec = await self._make_spec(app, self.name, self.prefix)
+        spec = await self._make_spec(app, self.name, self.prefix, self._deploy_timeout_s)
         session = await stack.enter_async_context(opened_session(self._address))
         ways = await stack.enter_async_context(contextlib.AsyncExitStack())
         # Ends first: what runs may end while the ways to it are still open.
@@ -162,9 +162,9 @@ class ClusterRuntime:
         """Change where an endpoint leads; returns when proxies and handles know."""
         await self._running.reroute(endpoint, weights, shadows)
 
-    async def deploy(self, app: App, *, name: str, prefix: str, wait: bool) -> None:
+    async def deploy(self, app: App, *, name: str, prefix: str, wait: bool, deploy_timeout_s: float) -> None:
         """Serve another app in the same instance; it stays until it is deleted."""
-        await self._instance.deploy(await self._make_spec(app, name, prefix), wait=wait)
+        await self._instance.deploy(await self._make_spec(app, name, prefix, deploy_timeout_s), wait=wait)
 
     async def delete(self) -> None:
         """End the app, whoever started it."""
@@ -180,8 +180,8 @@ class ClusterRuntime:
         await self._entrance.open()
         self._gateway = self._entrance.gateway(self.name)
 
-    async def _make_spec(self, app: App, name: str, prefix: str) -> AppSpec:
-        spec = await make_spec(app, name=name, prefix=prefix, deploy_timeout_s=self._deploy_timeout_s)
+    async def _make_spec(self, app: App, name: str, prefix: str, deploy_timeout_s: float) -> AppSpec:
+        spec = await make_spec(app, name=name, prefix=prefix, deploy_timeout_s=deploy_timeout_s)
         serves = (self._http or HTTPOptions()).serves
         return spec if serves else msgspec.structs.replace(spec, routes=())
 

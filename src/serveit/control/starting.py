@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from serveit.control.health import told
 from serveit.control.orders import ActorName, DeployFailed, ReplicaOrder, StartFailed
-from serveit.control.processes import ended
+from serveit.control.processes import NoPlace, ended
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,8 +56,11 @@ class Starter:
         """
         order = self._order(replica)
         process = replica.process = launch(order)
-        if (lacking := await self._placed(app, replica, order)) is not None:
-            return DeployFailed(lacking)
+        try:
+            if (lacking := await self._placed(app, replica, order)) is not None:
+                return DeployFailed(lacking)
+        except NoPlace as error:
+            return DeployFailed(f"replica {replica.id} cannot start: {error}")
         # It may have been ready long ago: what it runs may end, though it has no time to answer now.
         replica.started = replica.adopted
         outcome = await (told(replica, self._clock) if replica.adopted else process.start())

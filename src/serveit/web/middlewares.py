@@ -40,19 +40,36 @@ def with_middlewares(app: ASGIApp, options: HTTPOptions) -> ASGIApp:
 
     Raises:
         ImportFailed: an import string leads nowhere.
-        TypeError: what a factory returned is no ASGI app.
+        TypeError: it leads to what is no factory, or what a factory returned is no ASGI app.
+        Exception: what a factory raised, with a note that says which.
     """
     if options.middlewares:
         app = _Innermost(app)
     for entry in reversed(options.middlewares):
-        factory = import_from_string(entry) if isinstance(entry, str) else entry
-        if hasattr(factory, "cls"):  # starlette.middleware.Middleware
-            app = factory.cls(app, *factory.args, **factory.kwargs)
-        else:
-            app = factory(app)
-        if not callable(app):
-            raise TypeError(f"middleware {entry!r} returned {app!r}: it must return an ASGI app")
+        app = _made(entry, app)
     return _Outermost(app, debug=options.debug) if options.middlewares else app
+
+
+def _made(entry: Any, app: ASGIApp) -> ASGIApp:
+    """One middleware around an app: by its import string, a factory, or Starlette's `Middleware`."""
+    factory = import_from_string(entry) if isinstance(entry, str) else entry
+    if not callable(factory) and not hasattr(factory, "cls"):
+        raise TypeError(
+            f"middleware {entry!r} is {shorten(repr(factory), 60)}: it must be a factory, which is called "
+            "with the ASGI app that it wraps, or a Middleware of Starlette's"
+        )
+    try:
+        if hasattr(factory, "cls"):
+            made = factory.cls(app, *factory.args, **factory.kwargs)
+        else:
+            made = factory(app)
+    except Exception as error:
+        error.add_note(f"(in the making of middleware {entry!r})")
+        raise
+    if not callable(made):
+        raise TypeError(f"middleware {entry!r} returned {made!r}: it must return an ASGI app")
+    wrapped: ASGIApp = made
+    return wrapped
 
 
 class _Outermost:
