@@ -20,6 +20,7 @@ from serveit.config import HANDLE_QUEUE, HTTP_QUEUE, NODE_HOST
 from serveit.context import serving
 from serveit.control.snapshot import ReplicaInfo, Snapshot
 from serveit.control.spec import AppSpec, app_spec
+from serveit.control.tally import Tally
 from serveit.exceptions import NeedsRay, NotServing
 from serveit.observe import NullObserver
 from serveit.running.httpjob import Bindings
@@ -54,7 +55,8 @@ class LocalRuntime:
 
     Mutable state beside what its parts have: `_replicas` (by id) and `_states` ("starting", "ready",
     "stopping"), `_numbers` (of the last replica, by backend), `_spec` (the app as it is), `_published` (how
-    often), `_tasks` (that see changes through), `_closed` (nothing is changed any more).
+    often), `_tally` (of replicas that came and died), `_tasks` (that see changes through), `_closed` (nothing
+    is changed any more).
     """
 
     def __init__(
@@ -74,19 +76,20 @@ class LocalRuntime:
             prefix: in front of all its paths.
             http: of the server.
             clock: where time comes from; None for the event loop's.
-            observer: told what happens in replicas and routers.
+            observer: told what happens in replicas and routers, in the place of replicas' own meters.
         """
         self.app = app
         self.name = name
         self.prefix = prefix
         self.http = http
         self._clock = clock
-        self._observer = observer or NullObserver()
+        self._observer = observer
         self._replicas: dict[str, Replica] = {}
         self._bindings: dict[str, Bindings] = {}
         self._states: dict[str, str] = {}
         self._numbers: dict[str, int] = {}
         self._published = 0
+        self._tally = Tally()
         self._exit = contextlib.AsyncExitStack()
         self._tasks: set[asyncio.Task[None]] = set()
         self._scaling, self._publishing, self._closing = asyncio.Lock(), asyncio.Lock(), asyncio.Lock()
@@ -241,7 +244,7 @@ class LocalRuntime:
             connect=self._connect,
             clock=self.clock,
             wheel=self._wheel,
-            observer=self._observer,
+            observer=self._observer or NullObserver(),
         )
 
     def _check_open(self) -> None:
@@ -303,7 +306,9 @@ class LocalRuntime:
             bindings = self._bindings.setdefault(backend.name, Bindings(backend))
             bindings.prepare()
             await replica.start()
+            self._tally.started(backend.name)
         except Exception as error:
+            self._tally.died(backend.name)
             error.add_note(f"(while replica {replica.id} of app {self.name!r} started)")
             raise
 
@@ -313,7 +318,7 @@ class LocalRuntime:
             ready: dict[str, list[ReplicaInfo]] = {}
             for replica in self._ready():
                 ready.setdefault(replica.backend.name, []).append(ReplicaInfo(replica.id, replica.id))
-            info = self._spec.published(ready)
+            info = self._tally.told(self._spec.published(ready))
             await self._for_http.update(info)
             await self._for_handles.update(info)
             self._published += 1
