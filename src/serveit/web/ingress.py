@@ -74,6 +74,7 @@ class Ingress:
         table: the routes.
         ready: whether the instance takes requests; what /-/readyz says.
         stopping: from now on, who is cancelled is so by the server, and answered 503.
+        exposes: whose metrics it gives.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Ingress:
         self.table = RouteTable()
         self.ready = False
         self.stopping = False
+        self.exposes = exposes
         self._options = options
         self._directories = directories
         self._meters = RouteMeters()
