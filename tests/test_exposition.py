@@ -163,9 +163,9 @@ async def test_requests_by_route() -> None:
     routes = (RouteInfo("/<x>", "/.*", ("GET",), "model", "/p"),)
     table = RouteTable([AppInfo("a", (), (), routes)])
     exposed.meters.follow(table.entries)
-    meter = exposed.meters.of(table.match("GET", "/p/1"))
+    (meter,) = exposed.meters.by_order
     for _ in range(3):
-        meter.begin()
+        meter.in_flight += 1
     meter.end("GET", 200, 0.003)
     meter.end("GET", 500, 3.0)
     told = await exposed.samples()
@@ -197,7 +197,8 @@ async def test_the_format_is_the_one_that_the_client_prefers() -> None:
     await exposed.rig.update("m#1")
     content_type, text = await exposed.page("m#1", accept=b"application/openmetrics-text; version=1.0.0")
     assert content_type.startswith(b"application/openmetrics-text; version=1.0.0")
-    assert "serveit_replica_requests" in {family.name for family in parse_openmetrics(text)}
+    assert text.count("# EOF") == 1
+    assert "serveit_replica_requests" in {family.name for family in parse_openmetrics(text)}  # type: ignore[no-untyped-call]
     content_type, text = await exposed.page("m#1", accept=b"text/html,*/*;q=0.8")
     assert content_type == b"text/plain; version=0.0.4; charset=utf-8"
     assert list(parse(text))

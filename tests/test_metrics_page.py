@@ -37,7 +37,7 @@ async def everything() -> str:
     """A page with all that there is: each refusal, each batch."""
     exposed = Exposed()
     await exposed.rig.update("m#1")
-    exposed.meters.unmatched.begin()
+    exposed.meters.unmatched.in_flight += 1
     exposed.meters.unmatched.end("GET", 404, 0.0)
     return (await exposed.page("m#1"))[1]
 

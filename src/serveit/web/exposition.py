@@ -10,9 +10,10 @@ import asyncio
 import functools
 import re
 from importlib.metadata import version
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
-from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client import ProcessCollector
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 ANSWER_S = 1.0
 """What replicas get to tell their figures: one whose event loop is held up by user code does not."""
 
+EOF = b"# EOF\n"
+"""The end of a page in OpenMetrics."""
 _ACCEPT = re.compile(rb"[\w .,;=*/+-]*")
 
 ROUTE = ("app", "route")
@@ -93,10 +96,13 @@ class Exposition:
         """
         told = await self._told()
         encode, content_type = _encoder(headers)
-        registry = CollectorRegistry()
-        registry.register(_Page(self._families(told)))
-        registry.register(self._process)
-        return content_type.encode(), encode(registry)
+        parts = []
+        for family in chain(self._families(told), self._process.collect()):
+            parts.append(encode(_Only(family)).removesuffix(EOF))
+            await asyncio.sleep(0)  # a page of a hundred replicas takes a while; requests come in between
+        if content_type.startswith("application/openmetrics"):
+            parts.append(EOF)
+        return content_type.encode(), b"".join(parts)
 
     # -- asking ------------------------------------------------------------------------------
 
@@ -189,14 +195,14 @@ class _Told(NamedTuple):
     figures: Figures | None
 
 
-class _Page(Collector):
-    """What `prometheus_client` takes families from."""
+class _Only(Collector):
+    """One family, as `prometheus_client` takes it."""
 
-    def __init__(self, families: Iterable[Metric]) -> None:
-        self._families = list(families)
+    def __init__(self, family: Metric) -> None:
+        self._family = family
 
     def collect(self) -> Iterable[Metric]:
-        return self._families
+        return (self._family,)
 
 
 @functools.cache

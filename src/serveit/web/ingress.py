@@ -113,8 +113,11 @@ class Ingress:
         begun = self._now()
         head = read_head(scope["headers"])
         found = self._find(scope)
-        meter = self._own_meter if type(found) is Own else self._meters.of(found)
-        meter.begin()
+        if type(found) is Found:
+            meter = self._meters.by_order[found.entry.order]
+        else:
+            meter = self._own_meter if type(found) is Own else self._meters.unmatched
+        meter.in_flight += 1
         status = 500
         try:
             status = await self._respond(found, scope, head, receive, send)

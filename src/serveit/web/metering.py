@@ -1,15 +1,15 @@
 """What an ingress counts of the requests that come over HTTP, route by route; `exposition` shows it.
 
-Hot path: `RouteMeters.of`, `begin` and `end` once per request. A request's meter is found by its route's
-place in the table; labels are made when somebody asks.
+Hot path: `RouteMeter.end` once per request. A request's meter is found by its route's place in the table;
+labels are made when somebody asks. What `Histogram.add` does is written out.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from typing import TYPE_CHECKING
 
 from serveit.histogram import SECONDS, Histogram
-from serveit.web.table import Found
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -21,8 +21,8 @@ NO_ROUTE = ""
 
 
 class RouteMeter:
-    """The requests of one route. All mutable state: `in_flight`, `answers` (by method and status),
-    `durations`."""
+    """The requests of one route. All mutable state: `in_flight` (whoever begins one adds 1, `end` takes it
+    off), `answers` (by method and status), `durations`."""
 
     __slots__ = ("answers", "app", "durations", "in_flight", "route")
 
@@ -41,10 +41,6 @@ class RouteMeter:
     def __repr__(self) -> str:
         return f"<RouteMeter {self.app} {self.route} in_flight={self.in_flight}>"
 
-    def begin(self) -> None:
-        """A request has come."""
-        self.in_flight += 1
-
     def end(self, method: str, status: int, took_s: float) -> None:
         """It has been answered, or broken off.
 
@@ -54,9 +50,11 @@ class RouteMeter:
             took_s: from its arrival to the last of its answer.
         """
         self.in_flight -= 1
-        answer = method, status
-        self.answers[answer] = self.answers.get(answer, 0) + 1
-        self.durations.add(took_s)
+        answers, answer = self.answers, (method, status)
+        answers[answer] = answers[answer] + 1 if answer in answers else 1
+        durations = self.durations
+        durations.counts[bisect_left(SECONDS, took_s)] += 1
+        durations.sum += took_s
 
 
 class UnmatchedMeter(RouteMeter):
@@ -72,16 +70,20 @@ class UnmatchedMeter(RouteMeter):
 
 
 class RouteMeters:
-    """The meters of the routes that there are. All mutable state: `_by_order` (of the table in force) and
-    what the meters have."""
+    """The meters of the routes that there are. All mutable state: `by_order` and what the meters have.
+
+    Attributes:
+        by_order: those of the table in force, by the order of its entries.
+        unmatched: for what no route takes.
+    """
 
     def __init__(self) -> None:
         self.unmatched = UnmatchedMeter()
-        self._by_order: list[RouteMeter] = []
+        self.by_order: list[RouteMeter] = []
 
     def follow(self, entries: Sequence[Entry]) -> None:
         """There is another table. Routes that it has kept go on counting, the others are forgotten."""
-        known = {(meter.app, meter.route): meter for meter in self._by_order}
+        known = {(meter.app, meter.route): meter for meter in self.by_order}
         by_order = []
         for entry in entries:
             key = entry.app, entry.path
@@ -89,12 +91,8 @@ class RouteMeters:
             if meter is None:
                 meter = known[key] = RouteMeter(*key)
             by_order.append(meter)
-        self._by_order = by_order
-
-    def of(self, found: object) -> RouteMeter:
-        """The meter for what the table in force has found."""
-        return self._by_order[found.entry.order] if type(found) is Found else self.unmatched
+        self.by_order = by_order
 
     def __iter__(self) -> Iterator[RouteMeter]:
         """Each once: routes of one path that take different methods share theirs."""
-        return iter(dict.fromkeys((*self._by_order, self.unmatched)))
+        return iter(dict.fromkeys((*self.by_order, self.unmatched)))
