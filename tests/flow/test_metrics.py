@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from serveit import App
+from serveit.exceptions import NeedsRay
 from serveit.web.exposition import ANSWER_S
 from tests.flow.conftest import Served
 from tests.flow.measured import measured
@@ -81,6 +82,22 @@ async def test_replicas_count_what_comes_by_every_way(served: Served) -> None:
     assert after.since(before, "serveit_batch_size_count", "backend") == {("half",): 1}
     for name in ("running", "waiting"):
         assert set(after.values(f"serveit_replica_{name}_requests", "backend").values()) == {0}
+
+
+async def test_actor_tasks_are_counted_as_calls(served: Served, kind: str) -> None:
+    before = await scrape(served)
+    hello = served.handle("hello")
+    if kind == "local":
+        with pytest.raises(NeedsRay):
+            await hello.remote("Ada")
+        expected = {}
+    else:
+        assert await (await hello.remote("Ada")) == "Ada"
+        expected = {("hello",): 1}
+    after = await scrape(served)
+    for name in ("requests_total", "queue_duration_seconds_count", "processing_duration_seconds_count"):
+        assert after.since(before, f"serveit_replica_{name}", "backend") == expected
+    assert after.since(before, "serveit_replica_errors_total", "backend") == {}
 
 
 async def test_every_replica_is_there_and_has_been_started(served: Served) -> None:
