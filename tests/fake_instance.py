@@ -9,7 +9,7 @@ from typing import Any
 
 from serveit import App
 from serveit.config import HTTPOptions
-from serveit.control.orders import Deploying
+from serveit.control.orders import BackendChange, Deploying
 from serveit.control.spec import AppSpec, app_spec
 
 URL = "http://127.0.0.1:8000"
@@ -76,8 +76,8 @@ class FakeInstanceApp:
     async def spec(self) -> AppSpec:
         return self._known[self._name]
 
-    async def scale(self, backend: str, num_replicas: int, *, wait: bool = True) -> None:
-        self._known[self._name] = self._known[self._name].scaled(backend, num_replicas)
+    async def update(self, backend: str, wanted: BackendChange, *, wait: bool = True) -> None:
+        self._known[self._name] = self._known[self._name].changed(backend, wanted)
 
     async def reroute(self, endpoint: str, weights: Any, shadows: Any, *, wait: bool = True) -> None:
         self._known[self._name] = self._known[self._name].rerouted(endpoint, weights, shadows)

@@ -13,10 +13,13 @@ from typing import Any
 
 import msgspec
 
+from serveit.config import BackendConfig
 from serveit.control.checkpoint import Checkpoint, decode_checkpoint
 from serveit.control.controller import Controller
 from serveit.control.orders import (
     ActorName,
+    BackendChange,
+    Configured,
     Deployed,
     DeployFailed,
     Leaving,
@@ -26,7 +29,7 @@ from serveit.control.orders import (
     StartFailed,
 )
 from serveit.control.processes import Node, ProcessDied
-from serveit.control.snapshot import AppInfo, BackendInfo, EndpointInfo, RouteInfo, Snapshot
+from serveit.control.snapshot import AppInfo, EndpointInfo, RouteInfo, Snapshot
 from serveit.control.spec import AppSpec, BackendSpec
 from serveit.running.failures import failure_of
 from serveit.testing import ManualClock
@@ -60,6 +63,11 @@ class FakeProcess:
         self.idles: list[float] = []
         self.killed = 0
         self.starts = 0
+        self.settings = order.settings if isinstance(order, ReplicaOrder) else b""
+        self.refuses: BaseException | None = None
+        self.may_configure = asyncio.Event()
+        self.may_configure.set()
+        self.configured: list[bytes] = []
 
     def __repr__(self) -> str:
         return f"<FakeProcess {self.name}>"
@@ -73,16 +81,11 @@ class FakeProcess:
     def ready(self) -> None:
         self.place()
         if not self.outcome.done():
-            self.outcome.set_result(Started(PID, self.address))
+            self.outcome.set_result(Started(PID, self.address, self.settings))
 
     def fail(self, error: BaseException) -> None:
-        failure = failure_of(error, others=0, in_user_code=True)
         self.place()
-        self.outcome.set_result(
-            StartFailed(
-                msgspec.msgpack.encode(failure), where=self.order.id, text=f"{failure.kind}: {failure.text}"
-            )
-        )
+        self.outcome.set_result(failed(self.order.id, error))
 
     def die(self, how: str = "SIGKILL") -> None:
         if not self.gone.done():
@@ -113,7 +116,21 @@ class FakeProcess:
         outcome = await asyncio.shield(self.outcome)
         self._check_alive()
         is_leaving = self.drains and isinstance(self.order, ReplicaOrder)  # a server does not tell
-        return Leaving() if is_leaving else outcome
+        if is_leaving:
+            return Leaving()
+        if isinstance(outcome, Started):
+            outcome = msgspec.structs.replace(outcome, settings=self.settings)
+        return outcome
+
+    async def configure(self, settings: bytes) -> Configured | StartFailed | Leaving:
+        self.configured.append(settings)
+        await self.may_configure.wait()
+        self._check_alive()
+        if self.refuses is not None:
+            self.settings = b""
+            return failed(self.order.id, self.refuses)
+        self.settings = settings
+        return Configured()
 
     def _check_alive(self) -> None:
         if not self.alive:
@@ -143,6 +160,13 @@ class FakeProcess:
         if self.alive:
             self.killed += 1
         self.die("killed")
+
+
+def failed(where: str, error: BaseException) -> StartFailed:
+    """What a process says of what the user's code raised."""
+    failure = failure_of(error, others=0, in_user_code=True)
+    octets = msgspec.msgpack.encode(failure)
+    return StartFailed(octets, where=where, text=f"{failure.kind}: {failure.text}")
 
 
 class FakeCluster:
@@ -190,6 +214,11 @@ class Held:
 
     async def start(self) -> Started | StartFailed | Leaving:
         return await self.process.start()
+
+    async def configure(self, settings: bytes) -> Configured | StartFailed | Leaving:
+        if self._hands.are_cut:
+            await asyncio.Event().wait()
+        return await self.process.configure(settings)
 
     async def status(self) -> dict[str, Any]:
         return await self.process.status()
@@ -334,7 +363,7 @@ class Member:
     async def _follow(self) -> None:
         version = (0, 0)
         while True:
-            snapshot = await self.controller.watch(self.name, version)
+            snapshot = await self.controller.publisher.watch(self.name, version)
             await self.hears.wait()
             self.snapshots.append(snapshot)
             version = snapshot.version
@@ -541,7 +570,7 @@ def spec(
     return AppSpec(
         name=name,
         backends=tuple(
-            BackendSpec(BackendInfo(backend, (), max_ongoing_requests=7), number, 30.0, surge)
+            BackendSpec(backend, number, BackendConfig(max_ongoing_requests=7, max_surge=surge))
             for backend, number in backends.items()
         ),
         endpoints=tuple(EndpointInfo(pattern, ((backend, 1.0),)) for pattern, backend in leads.items()),
@@ -561,3 +590,8 @@ def uncounted(snapshot: Snapshot) -> list[AppInfo]:
         )
         for app in snapshot.apps
     ]
+
+
+def scaled_to(number: int) -> BackendChange:
+    """So many of a backend."""
+    return BackendChange({"num_replicas": number})

@@ -11,7 +11,7 @@ from serveit.control.orders import Deployed, DeployFailed, Deploying, Started
 from serveit.control.plan import ReplicaState
 from serveit.control.replicas import DEATHS, WITHIN_S, Replica, Version
 from serveit.control.snapshot import ReplicaInfo
-from tests.stage import spec
+from tests.stage import scaled_to, spec
 
 UP = Deployed((1, 1))
 
@@ -19,7 +19,8 @@ UP = Deployed((1, 1))
 def add(app: RunningApp, version: Version, number: int, *, ready: bool = True, backend: str = "b") -> Replica:
     replica = app.replicas[f"{backend}#{number}"] = Replica(f"{backend}#{number}", backend, version)
     if ready:
-        replica.become(Started(number, f"at {number}"))
+        found = version.spec.find(backend)
+        replica.become(Started(number, f"at {number}", found.settings if found is not None else b""))
     return replica
 
 
@@ -117,30 +118,30 @@ class TestChanges:
 
     async def test_back_from_other_numbers(self) -> None:
         app = app_of(Version(1, spec(b=1, c=1)))
-        app.scale("b", 3)
-        app.scale("b", 5)
-        app.scale("c", 0)
-        assert app.before == {"b": 1, "c": 1}
-        assert app.target.spec == spec(b=5, c=0)
+        app.update("b", scaled_to(3))
+        app.update("b", scaled_to(5))
+        app.update("c", scaled_to(2))
+        assert app.before == {name: spec(b=1, c=1).backend(name) for name in "bc"}
+        assert app.target.spec == spec(b=5, c=2)
         assert app.go_back()
         assert app.target.spec == spec(b=1, c=1)
 
     async def test_back_to_nothing(self) -> None:
         assert not app_of(Version(1, spec()), live=False).go_back()
 
-    async def test_what_cannot_be_scaled_is_no_change(self) -> None:
+    async def test_what_cannot_be_updated_is_no_change(self) -> None:
         app = app_of(Version(1, spec(b=1)))
         with pytest.raises(KeyError):
-            app.scale("c", 1)
-        with pytest.raises(ValueError, match="negative"):
-            app.scale("b", -1)
+            app.update("c", scaled_to(1))
+        with pytest.raises(ValueError, match="num_replicas must be ≥ 1"):
+            app.update("b", scaled_to(-1))
         assert not app.changing
 
     async def test_what_one_hangs_on(self) -> None:
         app = app_of(Version(1, spec(b=1, c=1)))
         b, c = add(app, app.target, 1), add(app, app.target, 2, backend="c")
         assert not app.hangs_on(b), "nothing changes"
-        app.scale("b", 2)
+        app.update("b", scaled_to(2))
         assert app.hangs_on(b)
         assert not app.hangs_on(c), "it is not its backend"
         app.settle(UP)
@@ -199,7 +200,7 @@ class TestRecord:
     async def test_of_an_app_that_changes(self) -> None:
         app = app_of(Version(1, spec(b=1)))
         app.begin(Version(2, spec(b=1)))
-        app.scale("b", 4)
+        app.update("b", scaled_to(4))
         app.target.given_up["b"] = "b died"
         add(app, Version(7, spec(b=1)), 1)
         record = app.record
@@ -207,7 +208,7 @@ class TestRecord:
         versions = {version.number: Version.of(version) for version in record.versions}
         again = RunningApp.of(record, versions)
         assert (again.target.number, again.live and again.live.number, again.changing) == (2, 1, True)
-        assert again.before == {"b": 1}
+        assert again.before == {"b": spec(b=1).backend("b")}
         assert again.target.given_up == {"b": "b died"}
         add(again, versions[7], 1)
         assert again.record == record

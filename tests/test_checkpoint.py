@@ -21,7 +21,7 @@ from serveit.control.checkpoint import (
 )
 from serveit.control.spec import AppSpec
 from serveit.testing import ManualClock
-from tests.stage import FakeStore, Kept, spec
+from tests.stage import FakeStore, Kept, scaled_to, spec
 
 numbers = st.integers(0, 2**53)
 names = st.text(max_size=5)
@@ -39,7 +39,7 @@ apps = st.builds(
     st.lists(versions, min_size=1, max_size=3).map(tuple),
     numbers,
     st.none() | numbers,
-    st.dictionaries(names, st.integers(0, 9), max_size=2),
+    st.dictionaries(names, st.integers(1, 9).map(lambda b: spec(b=b).backend("b")), max_size=2),
     st.booleans(),
     names,
     st.booleans(),
@@ -108,28 +108,32 @@ class TestRecords:
         assert record.versions[0] == self.record.versions[0]
         assert record.versions[1].given_up == {"b": "b died", "c": "c died"}
 
-    def test_scaled_is_tried_anew(self) -> None:
-        record = self.record.scaled("b", 5)
+    def test_updated_is_tried_anew(self) -> None:
+        record = self.record.updated("b", scaled_to(5))
         assert record.spec == spec(b=5, c=4)
-        assert (record.before, record.changing, record.failed) == ({"b": 1}, True, "")
+        assert (record.before, record.changing, record.failed) == (
+            {"b": self.record.spec.backend("b")},
+            True,
+            "",
+        )
         assert record.versions[1].given_up == {"c": "c died"}
-        again = record.scaled("b", 7).scaled("c", 2)
-        assert again.before == {"b": 1, "c": 4}, "what was there before the change"
+        again = record.updated("b", scaled_to(7)).updated("c", scaled_to(2))
+        assert again.before == {name: self.record.spec.backend(name) for name in "bc"}, "before the change"
         assert again.spec == spec(b=7, c=2)
 
     def test_a_change_that_is_over_does_not_count(self) -> None:
-        over = msgspec.structs.replace(self.record.scaled("b", 5), changing=False)
-        assert over.scaled("c", 1).before == {"c": 4}
+        over = msgspec.structs.replace(self.record.updated("b", scaled_to(5)), changing=False)
+        assert over.updated("c", scaled_to(1)).before == {"c": self.record.spec.backend("c")}
 
-    def test_scaled_as_it_cannot_be(self) -> None:
+    def test_updated_as_it_cannot_be(self) -> None:
         with pytest.raises(KeyError, match="no backend 'd'"):
-            self.record.scaled("d", 1)
-        with pytest.raises(ValueError, match="negative"):
-            self.record.scaled("b", -1)
+            self.record.updated("d", scaled_to(1))
+        with pytest.raises(ValueError, match="num_replicas must be ≥ 1, got -1"):
+            self.record.updated("b", scaled_to(-1))
 
     def test_retargeted(self) -> None:
         version = VersionRecord(4, spec(d=1))
-        record = self.record.scaled("b", 5).retargeted(version)
+        record = self.record.updated("b", scaled_to(5)).retargeted(version)
         assert record.spec == version.spec
         assert (record.target, record.live, record.before, record.changing) == (4, 1, {}, True)
         assert [v.number for v in record.versions] == [1, 3, 4]

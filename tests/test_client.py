@@ -151,6 +151,31 @@ def test_serving_without_a_loop() -> None:
         assert client.status()["backends"].keys() == {"double", "slow"}
 
 
+def test_traffic_without_a_loop() -> None:
+    app = App()
+    app.backend(lambda: "v1", name="v1")
+    app.backend(lambda: "v2", name="v2")
+    app.add_route("/predict", traffic={"v1": 1.0, "v2": 0.0}, name="predict")
+    with serve(app, local=True, http={"location": None}) as client:
+        predict = client.get_handle("predict")
+        client.set_traffic("predict", {"v1": 0.0, "v2": 1.0})
+        assert {predict.call() for _ in range(10)} == {"v2"}
+        for wrong, text in (
+            ({"v1": 0.3}, "sum to 1, got 0.3"),
+            ({"v1": -1.0, "v2": 2.0}, "≥ 0"),
+            ({}, "no back"),
+        ):
+            with pytest.raises(ValueError, match=text):
+                client.set_traffic("predict", wrong)
+        with pytest.raises(ValueError, match="unknown backend 'v3'"):
+            client.shadow_traffic("predict", "v3", 0.5)
+        with pytest.raises(KeyError, match="no endpoint 'predct': did you mean 'predict'"):
+            client.set_traffic("predct", {"v1": 1.0})
+        assert {predict.call() for _ in range(10)} == {"v2"}
+        client.set_traffic("predict", {"v1": 1.0})
+        assert {predict.call() for _ in range(10)} == {"v1"}
+
+
 def test_an_error_inside_ends_it() -> None:
     with contextlib.suppress(ZeroDivisionError), serve(make_app(), local=True, http={"port": 0}) as client:
         _ = 1 / 0

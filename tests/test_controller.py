@@ -327,7 +327,7 @@ class TestOwners:
 @staged
 class TestShutdown:
     async def test_proxy_first(self, stage: Stage) -> None:
-        await stage.result(stage.controller.http(None, proxy_order()))
+        await stage.result(stage.controller.proxies.open(None, proxy_order()))
         await stage.deploy(spec(b=2))
         proxy = stage.launcher.of("proxy")[0]
         proxy.may_stop.clear()
@@ -365,7 +365,7 @@ class TestShutdown:
         assert deleting.done()
 
     async def test_what_is_leaving_has_its_time(self, stage: Stage) -> None:
-        await stage.result(stage.controller.http(None, proxy_order()))
+        await stage.result(stage.controller.proxies.open(None, proxy_order()))
         await stage.deploy(spec(b=1))
         (process,), (proxy,) = stage.launcher.of("b"), stage.launcher.of("proxy")
         process.is_idle.clear()
@@ -406,42 +406,44 @@ def proxy_order(**options: Any) -> ProxyOrder:
 class TestHTTP:
     async def test_is_started_once(self, stage: Stage) -> None:
         order = proxy_order()
-        assert await stage.result(stage.controller.http(None, None)) is None
-        assert stage.controller.url is None
-        started = await stage.result(stage.controller.http(order.options, order))
+        assert await stage.result(stage.controller.proxies.open(None, None)) is None
+        assert stage.controller.proxies.url is None
+        started = await stage.result(stage.controller.proxies.open(order.options, order))
         assert started == Started(17, "http://127.0.0.1:4321/a:b")
-        assert await stage.result(stage.controller.http(order.options, order)) == started
-        assert await stage.result(stage.controller.http(None, proxy_order(port=9))) == started
-        assert stage.controller.url == started.address
+        assert await stage.result(stage.controller.proxies.open(order.options, order)) == started
+        assert await stage.result(stage.controller.proxies.open(None, proxy_order(port=9))) == started
+        assert stage.controller.proxies.url == started.address
         assert len(stage.launcher.made) == 1
 
     async def test_at_once_is_started_once(self, stage: Stage) -> None:
         order = proxy_order()
-        both = await stage.result(asyncio.gather(*(stage.controller.http(None, order) for _ in range(2))))
+        both = await stage.result(
+            asyncio.gather(*(stage.controller.proxies.open(None, order) for _ in range(2)))
+        )
         assert both[0] == both[1]
         assert len(stage.launcher.made) == 1
 
     async def test_other_options_are_refused_by_name(self, stage: Stage) -> None:
         order = proxy_order(port=8000)
-        await stage.result(stage.controller.http(order.options, order))
+        await stage.result(stage.controller.proxies.open(order.options, order))
         other = proxy_order(port=9000, debug=True)
         with pytest.raises(ValueError, match="port=8000, debug=None; asked for port=9000, debug=True"):
-            await stage.result(stage.controller.http(other.options, other))
+            await stage.result(stage.controller.proxies.open(other.options, other))
 
     async def test_what_cannot_be_bound_is_said(self, stage: Stage) -> None:
         stage.launcher.eager = False
-        asked = stage.begin(stage.controller.http(None, proxy_order()))
+        asked = stage.begin(stage.controller.proxies.open(None, proxy_order()))
         await stage.clock.settle()
         stage.launcher.made[0].fail(OSError("in use"))
         await stage.clock.settle()
         assert isinstance(asked.result(), StartFailed)
         assert stage.launcher.made[0].killed == 1
         stage.launcher.eager = True
-        assert isinstance(await stage.result(stage.controller.http(None, proxy_order())), Started)
+        assert isinstance(await stage.result(stage.controller.proxies.open(None, proxy_order())), Started)
 
     async def test_one_that_dies_while_it_starts_is_said(self, stage: Stage) -> None:
         stage.launcher.eager = False
-        asked = stage.begin(stage.controller.http(None, proxy_order()))
+        asked = stage.begin(stage.controller.proxies.open(None, proxy_order()))
         await stage.clock.settle()
         stage.launcher.made[0].die("OOM")
         await stage.clock.settle()
@@ -449,7 +451,7 @@ class TestHTTP:
 
     async def test_a_caller_who_gives_up_leaves_none(self, stage: Stage) -> None:
         stage.launcher.eager = False
-        asked = stage.begin(stage.controller.http(None, proxy_order()))
+        asked = stage.begin(stage.controller.proxies.open(None, proxy_order()))
         await stage.clock.settle()
         asked.cancel()
         await stage.clock.settle()
@@ -457,8 +459,10 @@ class TestHTTP:
 
     async def test_one_that_dies_is_started_at_the_same_port(self, stage: Stage) -> None:
         order = proxy_order()
-        await stage.result(stage.controller.http(order.options, order))
-        watching = stage.begin(stage.controller.watch("proxy-01234567-1", stage.controller.snapshot.version))
+        await stage.result(stage.controller.proxies.open(order.options, order))
+        watching = stage.begin(
+            stage.controller.publisher.watch("proxy-01234567-1", stage.controller.snapshot.version)
+        )
         await stage.clock.settle()
         stage.launcher.made[0].die()
         await stage.clock.settle()
@@ -467,12 +471,12 @@ class TestHTTP:
         assert again.id == "proxy-01234567-2"
         assert msgspec.json.decode(again.options)["port"] == 4321
         assert watching.done(), "it is waited for no more"
-        assert isinstance(await stage.result(stage.controller.http(order.options, None)), Started)
+        assert isinstance(await stage.result(stage.controller.proxies.open(order.options, None)), Started)
 
     async def test_one_that_does_not_come_back_is_tried_until_it_does(
         self, stage: Stage, caplog: pytest.LogCaptureFixture
     ) -> None:
-        await stage.result(stage.controller.http(None, proxy_order()))
+        await stage.result(stage.controller.proxies.open(None, proxy_order()))
         stage.launcher.eager = False
         stage.launcher.made[0].die()
         await stage.clock.settle()
@@ -494,7 +498,7 @@ class TestHTTP:
 
     async def test_not_while_shutting_down(self, stage: Stage) -> None:
         stage.launcher.eager = False
-        asked = stage.begin(stage.controller.http(None, proxy_order()))
+        asked = stage.begin(stage.controller.proxies.open(None, proxy_order()))
         await stage.clock.settle()
         shutdown = stage.begin(stage.controller.shutdown())
         await stage.clock.settle()
@@ -502,11 +506,11 @@ class TestHTTP:
         assert isinstance(asked.result(), StartFailed)
         assert not stage.launcher.of("")
         with pytest.raises(NotServing, match="shutting down"):
-            await stage.controller.http(None, proxy_order())
+            await stage.controller.proxies.open(None, proxy_order())
 
     async def test_one_that_gets_ready_while_shutting_down_is_ended(self, stage: Stage) -> None:
         stage.launcher.eager = False
-        asked = stage.begin(stage.controller.http(None, proxy_order()))
+        asked = stage.begin(stage.controller.proxies.open(None, proxy_order()))
         await stage.clock.settle()
         stage.launcher.made[0].may_stop.clear()
         shutdown = stage.begin(stage.controller.shutdown())
@@ -514,7 +518,7 @@ class TestHTTP:
         stage.launcher.made[0].ready()
         await stage.clock.settle()
         assert "shutting down" in asked.result().where
-        assert stage.controller.url is None
+        assert stage.controller.proxies.url is None
         stage.launcher.made[0].may_stop.set()
         await stage.clock.settle()
         assert shutdown.done()

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 import pytest
 
 from serveit.control.controller import Controller
-from serveit.control.orders import Deployed, DeployFailed, Started
+from serveit.control.orders import BackendChange, Deployed, DeployFailed, Started
 from serveit.control.snapshot import Snapshot
 from serveit.control.spec import AppSpec
-from tests.stage import FakeProcess, Stage, serving, spec, version_of
+from tests.stage import FakeProcess, Stage, scaled_to, serving, spec, version_of
 
 STEPS_AFTER = 12
 """The controller still has something to do when its caller has its answer."""
@@ -60,24 +60,35 @@ def deploying_twice(first: AppSpec, second: AppSpec) -> Callable[[Controller], A
 
 
 async def scale_up(controller: Controller) -> object:
-    await controller.scale("app", "b", 3)
+    await controller.update("app", "b", scaled_to(3))
     return await controller.settled("app")
 
 
 async def scale_down(controller: Controller) -> object:
-    await controller.scale("app", "b", 1)
+    await controller.update("app", "b", scaled_to(1))
     return await controller.settled("app")
 
 
 async def reroute(controller: Controller) -> None:
-    await controller.reroute("app", "/b", [["b", 0.5], ["c", 0.5]], [])
+    await controller.reroute("app", "/b", {"b": 0.5, "c": 0.5}, {})
 
 
 async def delete(controller: Controller) -> None:
     await controller.delete("app")
 
 
+async def configure(controller: Controller) -> object:
+    await controller.update("app", "b", LATER)
+    return await controller.settled("app")
+
+
+async def replace(controller: Controller) -> object:
+    await controller.update("app", "b", THREADS)
+    return await controller.settled("app")
+
+
 OLD = spec(b=2, c=1)
+LATER, THREADS = BackendChange({"request_timeout_s": 5.0}), BackendChange({"num_threads": 4})
 NEW = spec(b=2, c=1, id="new")
 CHANGES = {
     "a first deploy": Change(None, deploying(NEW), NEW, num_made=3),
@@ -95,7 +106,12 @@ CHANGES = {
     ),
     "more replicas": Change(OLD, scale_up, spec(b=3, c=1), {"b": 2, "c": 1}, 1),
     "fewer replicas": Change(OLD, scale_down, spec(b=1, c=1), {"b": 1, "c": 1}),
-    "other traffic": Change(OLD, reroute, OLD.rerouted("/b", [("b", 0.5), ("c", 0.5)], []), {"b": 2, "c": 1}),
+    "other traffic": Change(OLD, reroute, OLD.rerouted("/b", {"b": 0.5, "c": 0.5}, {}), {"b": 2, "c": 1}),
+    "other options": Change(OLD, configure, OLD.changed("b", LATER), {"b": 2, "c": 1}),
+    "options that need new replicas": Change(
+        OLD, replace, OLD.changed("b", THREADS).as_next(1, "b"), {"b": 2, "c": 1}, 2
+    ),
+    "options that fail": Change(OLD, replace, OLD, {"b": 2, "c": 1}, 1, fails=True),
     "a delete": Change(OLD, delete, None),
 }
 

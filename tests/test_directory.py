@@ -172,6 +172,19 @@ async def test_a_shadow_without_a_free_slot_is_left_out(rig: Rig) -> None:
     await exchange.answer
 
 
+async def test_a_shadow_of_a_backend_that_is_weighed_as_well(rig: Rig) -> None:
+    """It gets copies of what it answers, too, and only where it has a slot to spare."""
+    both = EndpointInfo("/buy", (("main", 1.0),), (("main", 1.0),))
+    await rig.update("main", limit=2, endpoints=(both,))
+    first = rig.ask("/buy")
+    assert len(rig["main"].calls) == 2
+    second = rig.ask("/buy")
+    assert len(rig["main"].calls) == 3, "the second request is the next to run, and has no copy"
+    for number in (1, 2, 3):
+        rig["main"].answer(number, "yes")
+    await asyncio.gather(first.answer, second.answer)
+
+
 @pytest.mark.parametrize("answer", ["large", "stream"])
 async def test_a_shadow_s_long_answer_is_cut_short(rig: Rig, answer: str) -> None:
     await rig.update("main", "shadow", endpoints=(SHADOWED,))

@@ -45,9 +45,10 @@ def page(digits: ModuleType) -> Iterator[TestClient]:
         yield client
 
 
-def test_every_example_is_tested_here() -> None:
+def test_every_example_is_tested() -> None:
     names = {path.name for path in EXAMPLES.iterdir() if (path / "app.py").is_file()}
-    assert names == {"hello", "digits", "compose"}
+    in_test_examples_readmes = {"canary", "shadow", "batching", "reconfigure"}
+    assert names == {"hello", "digits", "compose"} | in_test_examples_readmes
 
 
 # -- hello -----------------------------------------------------------------------------------
@@ -223,5 +224,16 @@ def test_compose_s_own_client(
     assert capsys.readouterr().out == "".join(f"{index} {verdict}\n" for index, verdict in verdicts.items())
 
 
+async def test_compose_asks_for_a_second_opinion_only_where_it_is_needed(compose: ModuleType) -> None:
+    _, scans, _, digits = compose.load_scans()
+    async with testing.local(compose.app) as client:
+        second_opinion = client.get_handle("Vote").second_opinion
+        said = [digit async for digit in second_opinion.map(scan.tolist() for scan in scans[:200])]
+        sure = [p async for p in client.get_handle("Neighbours").map(scan.tolist() for scan in scans[:200])]
+    assert sum(found == digit for found, digit in zip(said, digits, strict=False)) >= 0.95 * len(said)
+    changed = [p.max() for found, p in zip(said, sure, strict=True) if found != p.argmax()]
+    assert changed and max(changed) < 0.8
+
+
 def test_compose_is_short() -> None:
-    assert len((EXAMPLES / "compose/app.py").read_text().splitlines()) < 80
+    assert len((EXAMPLES / "compose/app.py").read_text().splitlines()) < 90

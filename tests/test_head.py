@@ -56,7 +56,7 @@ def test_bodies(headers: list[tuple[bytes, bytes]], has_body: bool, length: int 
 
 
 def test_shard_key_and_timeout() -> None:
-    head = read_head([(b"x-serve-shard-key", b"u\xe9"), (b"x-request-timeout-ms", b"250")])
+    head = read_head([(b"x-serve-shard-key", "ué".encode()), (b"x-request-timeout-ms", b"250")])
     assert (head.shard_key, head.timeout_s) == ("ué", 0.25)
 
 

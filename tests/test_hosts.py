@@ -97,7 +97,7 @@ def folder() -> Iterator[str]:
 def as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A process that becomes a host changes itself; this one is needed again."""
     monkeypatch.setattr(hosts, "settle", lambda: None)
-    monkeypatch.setattr(hosts, "configure", lambda level: None)
+    monkeypatch.setattr(hosts, "configure_logs", lambda level: None)
     monkeypatch.setattr(sys, "path", list(sys.path))
     here = os.getcwd()
     yield

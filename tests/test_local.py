@@ -8,14 +8,17 @@ from collections.abc import Callable
 from typing import Any
 
 import anyio
+import httpx2
 import pytest
 
-from serveit import App, Draining, HTTPOptions, NotServing, local
+import serveit
+from serveit import App, Draining, HTTPOptions, NotServing, local_replicas
 from serveit.local import LocalRuntime
 from serveit.observe import NullObserver
 from serveit.running.replica import Replica
 from serveit.testing import ManualClock
 from serveit.web.proxy import bind
+from tests.stage import scaled_to
 from tests.support import wait_until
 
 QUIET = HTTPOptions(location=None)
@@ -222,7 +225,7 @@ async def count(runtime: LocalRuntime) -> int:
 async def test_one_change_at_a_time() -> None:
     made = Made()
     runtime = await made.serve()
-    changes = [asyncio.ensure_future(runtime.scale("Model", 2)) for _ in range(2)]
+    changes = [asyncio.ensure_future(runtime.update("Model", scaled_to(2))) for _ in range(2)]
     await made.begins(2)
     assert await states(runtime) == ["ready", "starting"]
     assert not changes[1].done(), "what it asks for is not there yet"
@@ -241,7 +244,7 @@ async def test_what_one_change_fails_at_the_next_tries_anew() -> None:
     runtime = await made.serve()
     made.let(1, 2)
     failed, fine = await asyncio.gather(
-        *(runtime.scale("Model", 2) for _ in range(2)), return_exceptions=True
+        *(runtime.update("Model", scaled_to(2)) for _ in range(2)), return_exceptions=True
     )
     assert str(failed) == "bad model 1" and fine is None
     assert await states(runtime) == ["ready", "ready"] and await count(runtime) == 2
@@ -255,20 +258,20 @@ async def test_a_failed_change_leaves_nothing_of_itself() -> None:
     runtime = await made.serve()
     made.let(1, 2)
     with pytest.raises(ValueError, match="bad model 1"):
-        await runtime.scale("Model", 3)
+        await runtime.update("Model", scaled_to(3))
     assert await states(runtime) == ["ready"] and await count(runtime) == 1
     assert made.closed == [2], "it had been made"
-    with pytest.raises(ValueError, match="must not be negative"):
-        await runtime.scale("Model", -1)
+    with pytest.raises(ValueError, match="num_replicas must be ≥ 1"):
+        await runtime.update("Model", scaled_to(-1))
     await runtime.aclose()
 
 
 async def test_down_while_up() -> None:
     made = Made()
     runtime = await made.serve()
-    up = asyncio.ensure_future(runtime.scale("Model", 3))
+    up = asyncio.ensure_future(runtime.update("Model", scaled_to(3)))
     await made.begins(3)
-    down = asyncio.ensure_future(runtime.scale("Model", 1))
+    down = asyncio.ensure_future(runtime.update("Model", scaled_to(1)))
     made.let(1, 2)
     await asyncio.gather(up, down)
     assert await states(runtime) == ["ready"] and await count(runtime) == 1
@@ -281,9 +284,9 @@ async def test_traffic_does_not_wait_for_constructors() -> None:
     made = Made()
     made.app.add_route("/model", "Model")
     runtime = await made.serve()
-    up = asyncio.ensure_future(runtime.scale("Model", 2))
+    up = asyncio.ensure_future(runtime.update("Model", scaled_to(2)))
     await made.begins(2)
-    await runtime.reroute("/model", [("Model", 1.0)], [("Model", 0.5)])
+    await runtime.reroute("/model", {"Model": 1.0}, {"Model": 0.5})
     made.let(1)
     await up
     spec = await runtime.spec()
@@ -295,17 +298,17 @@ async def test_traffic_does_not_wait_for_constructors() -> None:
 async def test_an_end_gives_up_a_change(begun: bool) -> None:
     made = Made()
     runtime = await made.serve()
-    up = asyncio.ensure_future(runtime.scale("Model", 2))
-    waits = asyncio.ensure_future(runtime.scale("Model", 3))
+    up = asyncio.ensure_future(runtime.update("Model", scaled_to(2)))
+    waits = asyncio.ensure_future(runtime.update("Model", scaled_to(3)))
     if begun:
         await made.begins(2)
     else:
         await asyncio.sleep(0)
     closing = asyncio.ensure_future(runtime.aclose())
     await asyncio.sleep(0)
-    late = asyncio.ensure_future(runtime.scale("Model", 2))
+    late = asyncio.ensure_future(runtime.update("Model", scaled_to(2)))
     with pytest.raises(NotServing, match="app 'default' is shutting down"):
-        await runtime.reroute("/model", [], [])
+        await runtime.reroute("/model", {}, {})
     made.let(1)
     await asyncio.wait_for(closing, 5)
     for change in (up, waits, late):
@@ -317,7 +320,7 @@ async def test_an_end_gives_up_a_change(begun: bool) -> None:
 async def test_a_change_that_is_cancelled_before_it_is_in_force() -> None:
     made = Made()
     runtime = await made.serve()
-    up = asyncio.ensure_future(runtime.scale("Model", 2))
+    up = asyncio.ensure_future(runtime.update("Model", scaled_to(2)))
     await made.begins(2)
     up.cancel()
     made.let(1)
@@ -329,21 +332,22 @@ async def test_a_change_that_is_cancelled_before_it_is_in_force() -> None:
 
 async def test_a_change_that_is_cancelled_is_seen_through_once_it_is_in_force() -> None:
     app, entered, leave = waiting_app()
+    app.backends["wait"].config = app.backends["wait"].config.merge(max_ongoing_requests=1, num_replicas=2)
     runtime = LocalRuntime(app, http=QUIET)
     await runtime.start()
-    call = asyncio.ensure_future(runtime.get_handle("wait").call())
+    calls = [asyncio.ensure_future(runtime.get_handle("wait").call()) for _ in range(2)]
     await entered.wait()
-    down = asyncio.ensure_future(runtime.scale("wait", 0))
+    down = asyncio.ensure_future(runtime.update("wait", scaled_to(1)))
     for _ in range(5):
         await asyncio.sleep(0)
-    assert (await runtime.status())["backends"]["wait"]["wait#1"]["state"] == "stopping"
+    assert (await runtime.status())["backends"]["wait"]["wait#2"]["state"] == "stopping"
     down.cancel()
     with pytest.raises(asyncio.CancelledError):
         await down
     closing = asyncio.ensure_future(runtime.aclose())
     await asyncio.sleep(0)
     leave.set()
-    assert await call == "done"
+    assert await asyncio.gather(*calls) == ["done", "done"]
     await closing
     assert (await runtime.status())["backends"] == {"wait": {}}
 
@@ -536,7 +540,7 @@ async def test_one_that_fails_closes_the_others() -> None:
 async def test_one_fails_while_another_constructs(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(local, "SLOW_STOP_S", 0.01)
+    monkeypatch.setattr(local_replicas, "SLOW_STOP_S", 0.01)
     app, go_on, entered = App(), threading.Event(), threading.Event()
     log: list[str] = []
 
@@ -635,6 +639,26 @@ async def test_an_import_string_is_served() -> None:
     await runtime.start()
     assert await app.handle("late").call("x", ["y"]) == "there is 'y'"
     await runtime.aclose()
+
+
+async def test_traffic_to_an_import_string_is_found_not_to_fit_by_requests(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What it needs nobody knows but the replica; of such a request nothing is executed."""
+    app = App()
+
+    @app.backend
+    async def model(text: str) -> str:
+        return text
+
+    app.backend("serveit.config:did_you_mean", name="late")
+    app.add_route("/model/<text>", model, name="asked")
+    async with serveit.serve(app, local=True, http={"port": 0}) as client:
+        await client.set_traffic("asked", {"late": 1.0})
+        async with httpx2.AsyncClient(base_url=str(client.url)) as http:
+            reply = await http.get("/model/a")
+    assert (reply.status_code, reply.headers["x-serveit-executed"]) == (500, "no")
+    assert "route '/model/<text>', backend 'late': did_you_mean(): parameter 'name'" in caplog.text
 
 
 async def test_names_are_known_while_it_starts_and_calls_have_to_wait() -> None:

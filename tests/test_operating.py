@@ -158,6 +158,38 @@ def test_traffic(ask: Ask, instance: FakeInstance) -> None:
     assert told["weights"] == {"v1": 0.5, "v2": 0.5} and told["shadows"] == {}
 
 
+@pytest.mark.parametrize("endpoint", ["predict", "/predict", "/shop/predict"])
+def test_an_endpoint_goes_by_its_name_and_its_path(ask: Ask, instance: FakeInstance, endpoint: str) -> None:
+    """Forward, and back again."""
+    for weights, shown in (("v1=0.9 v2=0.1", "v1 90%, v2 10%"), ("v1=1 v2=0", "v1 100%, v2 0%")):
+        result = ask("traffic", endpoint, *weights.split(), "--app", "shop")
+        assert result.stdout == f"/shop/predict: {shown}\n"
+    assert instance.known["shop"].endpoint("predict").weights == (("v1", 1.0), ("v2", 0.0))
+
+
+def test_traffic_that_does_not_fit(ask: Ask, instance: FakeInstance) -> None:
+    app = App()
+
+    async def shown(item: str) -> str:
+        return item
+
+    async def bought(item: str, body: bytes) -> str:
+        return item
+
+    app.backend(shown)
+    app.backend(bought)
+    app.add_route("/items/<item>", "shown", name="show")
+    app.add_route("/items/<item>", "bought", methods=["POST"], name="buy")
+    instance.add("items", app, "/shop")
+    for path in ("/items/<item>", "/shop/items/<item>"):
+        said = refused(ask, "traffic", path, "shown=1", "--app", "items")
+        assert said.endswith("is several endpoints, by method: say 'show' or 'buy'")
+    for given in (["shown=0.9", "bought=0.1"], ["--shadow", "bought=0.1"]):
+        said = refused(ask, "traffic", "show", *given, "--app", "items")
+        assert "endpoint 'show' cannot lead to backend 'bought': " in said and "add methods=[" in said
+    ask("traffic", "buy", "shown=0.1", "bought=0.9", "--app", "items")
+
+
 def test_delete(ask: Ask, instance: FakeInstance) -> None:
     instance.add("other", shop())
     assert ask("delete", "shop").stdout == "shop is deleted\n"
@@ -171,17 +203,23 @@ def test_delete(ask: Ask, instance: FakeInstance) -> None:
         ("status shpo", "no app 'shpo' runs: did you mean 'shop'?"),
         ("delete shpo", "no app 'shpo' runs: did you mean 'shop'?"),
         ("scale v1=2 --app shpo", "no app 'shpo' runs: did you mean 'shop'?"),
-        ("scale v1=2", "no app 'default' runs: there is 'shop'"),
+        ("scale v1=2", "no app 'default' runs: there is 'shop', 'two'"),
         ("scale v1=2 v9=2 --app shop", "app 'shop' has no backend 'v9': there is 'v1', 'v2'"),
         ("scale v2=1 v1=0 --app shop", "num_replicas must be ≥ 1, got 0"),
         ("traffic predct v1=1 --app shop", "app 'shop' has no endpoint 'predct': did you mean 'predict'?"),
         ("traffic predict v9=1 --app shop", "endpoint 'predict': unknown backend 'v9': there is 'v1', 'v2'"),
         ("traffic predict v1=0.5 --app shop", "the weights must sum to 1, got 0.5 (0.5 for 'v1')"),
+        ("traffic /predct v1=1 --app shop", "app 'shop' has no endpoint '/predct': did you mean 'predict'?"),
+        ("traffic /shop/predict v1=1 --app two", "has no endpoint '/shop/predict': it is of --app shop"),
+        ("traffic predict v1=nan v2=1 --app shop", "the weight of 'v1' must be ≥ 0 and finite, got nan"),
+        ("traffic predict v1=-1 v2=2 --app shop", "the weight of 'v1' must be ≥ 0 and finite, got -1"),
         ("traffic predict v1=1 --shadow v9=1 --app shop", "unknown backend 'v9'"),
+        ("traffic predict --shadow v9=0 --app shop", "unknown backend 'v9'"),
         ("traffic predict --shadow v1=2 --app shop", "the shadow of 'v1' must be in [0, 1], got 2"),
     ],
 )
 def test_what_is_refused_changes_nothing(ask: Ask, instance: FakeInstance, command: str, said: str) -> None:
+    instance.add("two", shop(), "/two")
     before = dict(instance.known)
     assert said in refused(ask, *command.split())
     assert instance.known == before
@@ -196,6 +234,8 @@ def test_what_is_refused_changes_nothing(ask: Ask, instance: FakeInstance, comma
         ("scale =1", "'=1' is not of the form"),
         ("traffic predict", "nothing to change: give weights, as v1=0.9 v2=0.1, or --shadow v3=0.1"),
         ("traffic predict v1=x", "is not of the form BACKEND=WEIGHT, v1=0.9"),
+        ("traffic predict v1=0.5 v1=1", "'v1' is given twice"),
+        ("traffic predict --shadow v1=0.5 --shadow v1=1", "'v1' is given twice"),
         ("shutdown", "without a terminal to ask on it needs --yes"),
         ("deploy shop_app --prefix shop", "prefix must start with '/'"),
         ("deploy shop_app --host ''", "host must be"),

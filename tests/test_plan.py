@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from serveit.config import BackendConfig
 from serveit.control.plan import (
     TICK_S,
     Action,
@@ -21,7 +22,7 @@ from serveit.control.plan import (
     is_proven,
     plan,
 )
-from serveit.control.snapshot import BackendInfo, EndpointInfo, RouteInfo
+from serveit.control.snapshot import EndpointInfo, RouteInfo
 from serveit.control.spec import AppSpec, BackendSpec
 
 NAMES = ("a", "b", "c")
@@ -47,7 +48,7 @@ def wanted(
         backends: how many replicas of each.
     """
     specs = tuple(
-        BackendSpec(BackendInfo(name, (), 1), num_replicas=number, drain_s=1.0, max_surge=surge)
+        BackendSpec(name, number, BackendConfig(graceful_shutdown_timeout_s=1.0, max_surge=surge))
         for name, number in backends.items()
     )
     leads = {f"/{name}": name for name in backends} | {f"/more/{name}": name for name in more}
@@ -427,13 +428,16 @@ class World:
     def _add(self, backend: str, version: int, *, ready: bool = False, stopping: bool = False) -> None:
         self.count += 1
         id = f"r{self.count}"
-        self._replicas[id] = ReplicaState(id, backend, version, ready=ready, stopping=stopping)
+        origin = self.versions[version].origin(backend) if version in self.versions else version
+        since = 0 if origin == version else origin
+        self._replicas[id] = ReplicaState(id, backend, version, ready=ready, stopping=stopping, since=since)
 
     def serves(self, replica: ReplicaState) -> bool:
         version = self.versions.get(replica.version)
         if self.live is None or version is None or not replica.ready or replica.stopping:
             return False
-        if version.version == self.live.version:
+        known = self.live.spec.find(replica.backend) is not None
+        if known and replica.origin == self.live.origin(replica.backend):
             return True
         return version.proven and version.spec.stands_in_for(self.live.spec, replica.backend)
 
@@ -508,12 +512,17 @@ class World:
             else:
                 assert isinstance(action, Start), "nothing has to wait"
                 self._add(action.backend, action.version)
-                wanted = self.versions[action.version].spec.backend(action.backend).num_replicas
-                assert self._num_own(action.backend, action.version) <= wanted, "it is there already"
+                version = self.versions[action.version]
+                if self.target.shares(action.backend, version):
+                    version = self.target
+                wanted = version.spec.backend(action.backend).num_replicas
+                assert self._num_own(action.backend, version) <= wanted, "it is there already"
 
-    def _num_own(self, name: str, version: int, *, ready: bool = False) -> int:
+    def _num_own(self, name: str, version: Wanted, *, ready: bool = False) -> int:
         """Of one version, without those that are going."""
-        own = [r for r in self.states if (r.backend, r.version, r.stopping) == (name, version, False)]
+        own = [
+            r for r in self.states if (r.backend, r.origin, r.stopping) == (name, version.origin(name), False)
+        ]
         return sum(r.ready for r in own) if ready else len(own)
 
     def _promised(self) -> dict[str, int]:
@@ -524,13 +533,16 @@ class World:
     def _promised_of(self, known: BackendSpec) -> int:
         assert self.live is not None, "there is something to promise"
         new = self.target.spec.find(known.name)
-        others = any(r.backend == known.name and r.version != self.live.version for r in self.states)
+        name = known.name
+        if new is not None and self.target.shares(name, self.live):
+            return min(known.num_replicas, new.num_replicas)
+        others = any(r.backend == name and r.origin != self.live.origin(name) for r in self.states)
         is_update = self.target is not self.live
         if new is None or new.max_surge > 0 or not (is_update or others):
             return known.num_replicas
         less = 1
         if is_update and not self.target.spec.stands_in_for(self.live.spec, known.name):
-            less += self._num_own(known.name, self.target.version, ready=True)
+            less += self._num_own(name, self.target, ready=True)
         return known.num_replicas - less
 
     def _check_room(self, name: str) -> None:
@@ -571,6 +583,7 @@ events = st.one_of(
         st.sampled_from(["come up", "come up", "die", "gone", "go back", "recover"]), st.integers(0, 9)
     ),
     st.tuples(st.just("deploy"), versions),
+    st.tuples(st.just("update"), st.sampled_from(NAMES)),
     st.tuples(st.just("scale"), st.tuples(st.sampled_from(NAMES), st.integers(0, 4))),
 )
 
@@ -581,7 +594,12 @@ def happen(world: World, event: str, detail: object) -> None:
             world.retarget(version.wanted(max(world.versions) + 1))
         case "scale", (str(name), int(number)):
             if world.target.spec.find(name) is not None:
-                world.respecify(world.target.spec.scaled(name, number))
+                backend = msgspec.structs.replace(world.target.spec.backend(name), num_replicas=number)
+                world.respecify(world.target.spec.with_backend(backend))
+        case "update", str(name):
+            if world.target.spec.find(name) is not None:
+                spec = world.target.spec.as_next(world.target.version, name)
+                world.retarget(Wanted(max(world.versions) + 1, spec))
         case "go back", _:
             world.go_back()
         case "recover", _:
@@ -621,7 +639,7 @@ def test_from_anywhere_it_ends_as_wanted_and_keeps_what_was_promised(
     for name in NAMES:
         backend = world.target.spec.find(name)
         expected = backend.num_replicas if backend is not None else 0
-        assert world._num_own(name, world.target.version) == expected
+        assert world._num_own(name, world.target) == expected
     assert len(world.states) == sum(backend.num_replicas for backend in world.target.spec.backends)
 
 

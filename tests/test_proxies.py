@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from serveit.control.keeper import LOOK_S, MAX_PAUSE_S, STEADY_S
-from serveit.control.orders import ProxyOrder, ReplicaOrder, Started, StartFailed
+from serveit.control.orders import Configured, ProxyOrder, ReplicaOrder, Started, StartFailed
 from serveit.control.processes import Node, ProcessDied
 from serveit.control.proxies import POLL_S, STRAYS_S, Proxies
 from serveit.exceptions import NotServing
@@ -64,6 +64,9 @@ class FakeProcess:
         return not self.gone.done()
 
     # what is asked of it
+
+    async def configure(self, settings: bytes) -> Configured:
+        raise AssertionError("only replicas have settings")
 
     async def placed(self) -> None:
         """It always is."""

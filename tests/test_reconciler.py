@@ -14,6 +14,7 @@ from serveit.control.snapshot import EndpointInfo
 from tests.stage import (
     LONG_S,
     Stage,
+    scaled_to,
     spec,
     staged,
 )
@@ -42,6 +43,7 @@ class TestFirstDeploy:
             stage.controller.secret,
             False,
             actor=f"app/b#1.1@{token}",
+            settings=spec(b=2).backend("b").settings,
             max_ongoing=7,
         )
 
@@ -264,7 +266,7 @@ class TestScale:
     async def test_up(self, stage: Stage) -> None:
         await stage.deploy(spec(b=1))
         stage.launcher.eager = False
-        await stage.controller.scale("app", "b", 3)
+        await stage.controller.update("app", "b", scaled_to(3))
         settled = stage.begin(stage.controller.settled("app"))
         await stage.clock.settle()
         assert stage.serving == {"app.b": ["b#1"]}
@@ -281,7 +283,7 @@ class TestScale:
         member = stage.member()
         await stage.deploy(spec(b=3))
         member.hears.clear()
-        await stage.controller.scale("app", "b", 1)
+        await stage.controller.update("app", "b", scaled_to(1))
         settled = stage.begin(stage.controller.settled("app"))
         await stage.clock.settle()
         assert stage.serving == {"app.b": ["b#1"]}, "the youngest go"
@@ -294,15 +296,15 @@ class TestScale:
 
     async def test_twice_at_once_stops_each_once(self, stage: Stage) -> None:
         await stage.deploy(spec(b=3))
-        await stage.controller.scale("app", "b", 2)
-        await stage.controller.scale("app", "b", 1)
+        await stage.controller.update("app", "b", scaled_to(2))
+        await stage.controller.update("app", "b", scaled_to(1))
         await stage.clock.settle()
         assert [process.drains for process in stage.launcher.made] == [[], [30.0], [30.0]]
 
     async def test_one_that_fails_leaves_the_number_that_was(self, stage: Stage) -> None:
         await stage.deploy(spec(b=1))
         stage.launcher.eager = False
-        await stage.controller.scale("app", "b", 3)
+        await stage.controller.update("app", "b", scaled_to(3))
         settled = stage.begin(stage.controller.settled("app"))
         await stage.clock.settle()
         stage.launcher.made[1].ready()
@@ -318,7 +320,7 @@ class TestScale:
         stage.launcher.eager = False
         deployed = await stage.deploying(spec(b=1))
         await stage.clock.settle()
-        await stage.controller.scale("app", "b", 2)
+        await stage.controller.update("app", "b", scaled_to(2))
         settled = stage.begin(stage.controller.settled("app"))
         await stage.clock.settle()
         assert [process.order.id for process in stage.launcher.of("b")] == ["b#1", "b#2", "b#3"]
@@ -335,7 +337,7 @@ class TestScale:
         await stage.deploy(spec(b=1))
         stage.launcher.eager = False
         await stage.controller.deploy(spec(b=1))
-        await stage.controller.scale("app", "b", 2)
+        await stage.controller.update("app", "b", scaled_to(2))
         settled = stage.begin(stage.controller.settled("app"))
         await stage.clock.settle()
         stage.launcher.made[1].fail(ValueError("no"))
@@ -346,26 +348,17 @@ class TestScale:
     async def test_what_is_unknown(self, stage: Stage) -> None:
         await stage.deploy(spec(b=1))
         with pytest.raises(KeyError, match="no backend 'bb': did you mean 'b'"):
-            await stage.controller.scale("app", "bb", 2)
-        with pytest.raises(ValueError, match="negative"):
-            await stage.controller.scale("app", "b", -1)
+            await stage.controller.update("app", "bb", scaled_to(2))
+        with pytest.raises(ValueError, match="num_replicas must be ≥ 1, got -1"):
+            await stage.controller.update("app", "b", scaled_to(-1))
         with pytest.raises(KeyError, match="no app 'other'; running: app"):
-            await stage.controller.scale("other", "b", 1)
+            await stage.controller.update("other", "b", scaled_to(1))
         assert isinstance(await stage.result(stage.controller.settled("app")), Deployed)
-
-    async def test_to_none_and_back(self, stage: Stage) -> None:
-        await stage.deploy(spec(b=1))
-        await stage.controller.scale("app", "b", 0)
-        assert isinstance(await stage.result(stage.controller.settled("app")), Deployed)
-        assert stage.serving == {"app.b": []}
-        await stage.controller.scale("app", "b", 1)
-        assert isinstance(await stage.result(stage.controller.settled("app")), Deployed)
-        assert stage.serving == {"app.b": ["b#2"]}
 
     async def test_another_backend_that_is_lost_does_not_matter(self, stage: Stage) -> None:
         await stage.deploy(spec(b=1, c=1))
         stage.launcher.eager = False
-        await stage.controller.scale("app", "b", 2)
+        await stage.controller.update("app", "b", scaled_to(2))
         settled = stage.begin(stage.controller.settled("app"))
         await stage.clock.settle()
         stage.launcher.of("c")[0].die()
@@ -384,27 +377,39 @@ class TestTraffic:
     async def test_is_published(self, stage: Stage) -> None:
         member = stage.member()
         await stage.deploy(spec(b=1, c=1))
-        await stage.controller.reroute("app", "/b", [["b", 0.5], ["c", 0.5]], [["c", 0.1]])
-        await stage.result(stage.controller.acknowledged(stage.controller.snapshot.version))
+        await stage.controller.reroute("app", "/b", {"b": 0.5, "c": 0.5}, {"c": 0.1})
+        await stage.result(stage.controller.publisher.acknowledged(stage.controller.snapshot.version))
         endpoint = member.snapshots[-1].apps[0].endpoints[0]
         assert endpoint == EndpointInfo("/b", (("b", 0.5), ("c", 0.5)), (("c", 0.1),))
 
     async def test_leads_nowhere_else(self, stage: Stage) -> None:
         await stage.deploy(spec(b=1))
         before = stage.controller.snapshot
-        with pytest.raises(KeyError, match="no backend 'c'"):
-            await stage.controller.reroute("app", "/b", [["c", 1.0]], [])
+        with pytest.raises(ValueError, match="unknown backend 'c'"):
+            await stage.controller.reroute("app", "/b", {"c": 1.0}, {})
         with pytest.raises(KeyError, match="no endpoint '/c'"):
-            await stage.controller.reroute("app", "/c", [["b", 1.0]], [])
+            await stage.controller.reroute("app", "/c", {"b": 1.0}, {})
         assert stage.controller.snapshot == before
 
     async def test_of_a_version_that_is_coming_up_comes_with_it(self, stage: Stage) -> None:
         await stage.deploy(spec(b=1, c=1))
         stage.launcher.eager = False
         await stage.controller.deploy(spec(b=1, c=1))
-        await stage.controller.reroute("app", "/b", [["c", 1.0]], [])
+        await stage.controller.reroute("app", "/b", {"c": 1.0}, {})
         await stage.clock.settle()
         for process in stage.launcher.made[2:]:
+            process.ready()
+        await stage.clock.settle()
+        assert stage.controller.snapshot.apps[0].endpoints[0].weights == (("c", 1.0),)
+
+    async def test_to_a_backend_that_is_only_coming_up_waits_for_it(self, stage: Stage) -> None:
+        await stage.deploy(spec(b=1))
+        stage.launcher.eager = False
+        await stage.controller.deploy(spec(b=1, c=1))
+        await stage.controller.reroute("app", "/b", {"c": 1.0}, {})
+        await stage.clock.settle()
+        assert stage.controller.snapshot.apps[0].endpoints[0].weights == (("b", 1.0),)
+        for process in stage.launcher.made[1:]:
             process.ready()
         await stage.clock.settle()
         assert stage.controller.snapshot.apps[0].endpoints[0].weights == (("c", 1.0),)
@@ -452,7 +457,7 @@ class TestDeaths:
             stage.launcher.of("b")[0].die()
             await stage.clock.advance(5.0)
         assert stage.serving == {"app.b": []}
-        await stage.controller.scale("app", "b", 1)
+        await stage.controller.update("app", "b", scaled_to(1))
         assert isinstance(await stage.result(stage.controller.settled("app")), Deployed)
         assert len(stage.serving["app.b"]) == 1
 
@@ -490,7 +495,7 @@ class TestDeaths:
         await stage.deploy(spec(b=2))
         going = stage.launcher.made[1]
         going.may_stop.clear()
-        await stage.controller.scale("app", "b", 1)
+        await stage.controller.update("app", "b", scaled_to(1))
         await stage.clock.settle()
         assert list((await stage.status())["backends"]["b"]) == ["b#1", "b#2"]
         going.die()
@@ -572,7 +577,7 @@ async def _order(stage: Stage, step: str, number: int, backend: str) -> list[asy
     if step == "delete":
         return [stage.begin(stage.controller.delete("app"))]
     try:
-        await stage.controller.scale("app", backend, number)
+        await stage.controller.update("app", backend, scaled_to(max(1, number)))
     except KeyError:  # no app, or no such backend in its version
         return []
     return [stage.begin(stage.controller.settled("app"))]

@@ -1075,7 +1075,7 @@ async def test_the_life_of_an_object_has_a_context_and_what_it_sets_holds_for_re
     async with running(Model, user_config={}) as replica:
         caller = Caller(replica)
         assert await caller.result(caller.call()) == "the model's"
-        await replica.reconfigure({})
+        await replica.configure(replica.config, reconfigure=True)
         await replica.check_health()
     assert log == [Context("app", "Model", "Model#1")] * 6
 

@@ -747,6 +747,18 @@ async def test_a_shadow_has_a_deadline_too(rig: Rig) -> None:
     assert shadow.answer.exception() is not None
 
 
+async def test_a_shadow_that_would_have_to_wait_at_the_replica_is_taken_back(rig: Rig) -> None:
+    """Another router has taken the slot that this one believed to be free."""
+    await rig.update("a", limit=2)
+    shadow = FakeExchange()
+    rig.router.submit_now(shadow)
+    rig["a"].queued(1)
+    assert shadow.answer.cancelled()
+    assert [frame.stream for frame in rig["a"].sent(FrameType.CANCEL)] == [1]
+    rig["a"].refuse(1)
+    assert rig.router.statistics().outstanding == 0
+
+
 @pytest.mark.parametrize("event", ["refused", "lost"])
 async def test_a_shadow_is_not_sent_again(rig: Rig, event: str) -> None:
     await rig.update("a", "b")
@@ -757,9 +769,8 @@ async def test_a_shadow_is_not_sent_again(rig: Rig, event: str) -> None:
     if event == "refused":
         replica.refuse(1)
     else:
-        replica.queued(1)
         replica.lose()
-    with pytest.raises(QueueFull):
+    with pytest.raises(QueueFull if event == "refused" else ReplicaDied):
         await shadow.answer
     assert len(rig["a"].calls) + len(rig["b"].calls) == 1
 

@@ -12,7 +12,7 @@ from serveit.control.orders import ActorName, Deployed, DeployFailed, Place, Rep
 from serveit.control.owners import RETURN_S
 from serveit.control.reconciler import ADOPT_S, MAX_SILENT_DEATHS, STRAY_DRAIN_S
 from serveit.exceptions import NotServing
-from tests.stage import LONG_S, PID, Stage, spec, staged, uncounted, version_of
+from tests.stage import LONG_S, PID, Stage, scaled_to, spec, staged, uncounted, version_of
 from tests.test_controller import proxy_order
 
 
@@ -32,8 +32,8 @@ class TestChanges:
         for change in (
             stage.controller.deploy(spec(b=2)),
             stage.controller.deploy(spec("other", d=1)),
-            stage.controller.scale("app", "b", 5),
-            stage.controller.reroute("app", "/b", [["c", 1.0]], []),
+            stage.controller.update("app", "b", scaled_to(5)),
+            stage.controller.reroute("app", "/b", {"c": 1.0}, {}),
             stage.controller.delete("app"),
         ):
             with pytest.raises(OSError, match="does not answer"):
@@ -72,7 +72,7 @@ class TestChanges:
 
     async def test_a_scale_that_is_in_force_is_kept_as_that(self, stage: Stage) -> None:
         await stage.deploy(spec(b=1))
-        await stage.controller.scale("app", "b", 3)
+        await stage.controller.update("app", "b", scaled_to(3))
         assert isinstance(await stage.result(stage.controller.settled("app")), Deployed)
         record = stage.kept.checkpoint.apps["app"]
         assert (record.changing, record.spec) == (False, spec(b=3))
@@ -105,15 +105,15 @@ class TestChanges:
         for process in stage.launcher.made:
             process.ready()
         await stage.clock.settle()
-        await stage.controller.scale("app", "b", 3)
+        await stage.controller.update("app", "b", scaled_to(3))
         await check()
-        await stage.controller.scale("app", "c", 2)
+        await stage.controller.update("app", "c", scaled_to(2))
         await check()
-        await stage.controller.reroute("app", "/b", [["c", 1.0]], [["b", 0.5]])
+        await stage.controller.reroute("app", "/b", {"c": 1.0}, {"b": 0.5})
         await check()
         await stage.controller.deploy(spec(b=2))
         await check()
-        await stage.controller.scale("app", "b", 4)
+        await stage.controller.update("app", "b", scaled_to(4))
         await check()
 
     async def test_a_shutdown_while_one_is_kept_comes_first(self, stage: Stage) -> None:
@@ -135,7 +135,7 @@ class TestChanges:
         await stage.controller.deploy(spec(b=1))
         await stage.clock.settle()
         stage.store.may_save.clear()
-        scaling = stage.begin(stage.controller.scale("app", "b", 2))
+        scaling = stage.begin(stage.controller.update("app", "b", scaled_to(2)))
         await stage.clock.settle()
         stage.launcher.made[0].fail(ValueError("no"))
         await stage.clock.settle()
@@ -169,7 +169,7 @@ class TestChanges:
         await stage.controller.deploy(spec(b=1, c=1))
         await stage.clock.settle()
         stage.store.may_save.clear()
-        scaling = stage.begin(stage.controller.scale("app", "c", 2))
+        scaling = stage.begin(stage.controller.update("app", "c", scaled_to(2)))
         await stage.clock.settle()
         stage.launcher.of("c")[0].fail(ValueError("no"))
         await stage.clock.settle()
@@ -255,8 +255,8 @@ class TestTheInstance:
 
     async def test_keeps_its_traffic_and_numbers(self, stage: Stage) -> None:
         await stage.deploy(spec(b=1, c=1))
-        await stage.controller.scale("app", "b", 2)
-        await stage.controller.reroute("app", "/b", [["b", 0.5], ["c", 0.5]], [])
+        await stage.controller.update("app", "b", scaled_to(2))
+        await stage.controller.reroute("app", "/b", {"b": 0.5, "c": 0.5}, {})
         await stage.clock.settle()
         before = stage.controller.snapshot
         await stage.follow()
@@ -303,7 +303,7 @@ class TestTheInstance:
 
     async def test_that_was_ending_starts_nothing_for_that(self, stage: Stage) -> None:
         order = proxy_order()
-        await stage.result(stage.controller.http(order.options, order))
+        await stage.result(stage.controller.proxies.open(order.options, order))
         await stage.deploy(spec(b=2))
         proxy, dies, drains = stage.launcher.made
         proxy.may_stop.clear()
@@ -322,11 +322,11 @@ class TestTheInstance:
 
     async def test_keeps_its_http_servers(self, stage: Stage) -> None:
         order = proxy_order()
-        started = await stage.result(stage.controller.http(order.options, order))
+        started = await stage.result(stage.controller.proxies.open(order.options, order))
         await stage.deploy(spec(b=1))
         await stage.follow()
-        assert stage.controller.url == started.address
-        assert await stage.result(stage.controller.http(order.options, order)) == started
+        assert stage.controller.proxies.url == started.address
+        assert await stage.result(stage.controller.proxies.open(order.options, order)) == started
         assert len(stage.launcher.of("proxy")) == 1
         overview = await stage.result(stage.controller.overview())
         assert overview["url"] == started.address
@@ -336,7 +336,7 @@ class TestTheInstance:
 
     async def test_waits_for_its_http_servers_before_it_stops_what_they_know(self, stage: Stage) -> None:
         order = proxy_order()
-        await stage.result(stage.controller.http(order.options, order))
+        await stage.result(stage.controller.proxies.open(order.options, order))
         await stage.deploy(spec(b=1))
         await stage.follow()
         await stage.deploying(spec(b=1))
@@ -437,7 +437,7 @@ class TestReplicas:
         await stage.deploy(spec(b=2))
         going = stage.launcher.made[1]
         going.may_stop.clear()
-        await stage.controller.scale("app", "b", 1)
+        await stage.controller.update("app", "b", scaled_to(1))
         await stage.clock.settle()
         assert going.drains == [30.0]
         await stage.follow()
@@ -455,7 +455,7 @@ class TestReplicas:
         await stage.clock.advance(10.0)
         stage.member("deaf").hears.clear()
         await stage.clock.settle()
-        await stage.controller.scale("app", "b", 1)
+        await stage.controller.update("app", "b", scaled_to(1))
         await stage.clock.settle()
         assert stage.launcher.made[1].drains == []
         await stage.follow()
@@ -480,7 +480,7 @@ class TestReplicas:
         }
         assert stage.serving == {"app.b": ["b#1"]}
         assert stage.running == ["b#1", "somebody"], "what is no replica is none of its business"
-        await stage.controller.scale("app", "b", 2)
+        await stage.controller.update("app", "b", scaled_to(2))
         await stage.clock.settle()
         assert stage.running == ["b#1", "somebody", "b#12"], "no name is used twice"
         stage.launcher.of("somebody")[0].die()
@@ -496,7 +496,7 @@ class TestReplicas:
         assert status["state"] == "FAILED"
         assert "5 replicas of backend 'b' died" in status["message"]
         assert stage.running == []
-        await stage.controller.scale("app", "b", 1)
+        await stage.controller.update("app", "b", scaled_to(1))
         await stage.follow()
         assert stage.serving == {"app.b": [stage.running[0]]}, "it was to be tried anew"
 
@@ -567,7 +567,7 @@ class TestUpdates:
     async def test_scales_that_fail_go_back_to_what_was(self, stage: Stage) -> None:
         await stage.deploy(spec(b=1))
         stage.launcher.eager = False
-        await stage.controller.scale("app", "b", 3)
+        await stage.controller.update("app", "b", scaled_to(3))
         await stage.clock.settle()
         await stage.follow()
         settled = stage.begin(stage.controller.settled("app"))

@@ -6,7 +6,7 @@ import pytest
 
 from serveit.control.snapshot import AppInfo, BackendInfo
 from serveit.control.tally import Tally
-from tests.stage import Stage, spec, staged
+from tests.stage import Stage, scaled_to, spec, staged
 
 
 def counts(info: AppInfo) -> dict[str, tuple[int, int]]:
@@ -41,7 +41,7 @@ class TestPublished:
         stage.launcher.of("b")[0].die()
         await stage.clock.advance(10.0)
         assert now() == {"b": (3, 1), "c": (1, 0)}
-        await stage.controller.scale("app", "b", 1)
+        await stage.controller.update("app", "b", scaled_to(1))
         await stage.clock.settle()
         assert now() == {"b": (3, 1), "c": (1, 0)}, "one that is ended does not die"
         await stage.deploy(spec(b=1))

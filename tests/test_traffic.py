@@ -153,6 +153,41 @@ def test_a_change_of_weights_moves_few_keys_and_only_to_the_grown_backend() -> N
     assert {choose_sticky(after, key) for key in moved} == {"a"}
 
 
+def least_moved(before: Traffic, after: Traffic) -> float:
+    """The share of the keys that no way of choosing could leave where they are."""
+    shares = dict(after.weights)
+    return sum(max(0.0, share - shares.get(name, 0.0)) for name, share in before.weights)
+
+
+@pytest.mark.parametrize("count", [5, 20])
+def test_any_number_of_backends(count: int) -> None:
+    keys = KEYS[:3000]
+    uniform = random.Random(count)
+
+    def some() -> Traffic:
+        parts = [uniform.randint(1, 9) for _ in range(count)]
+        return table(**{f"v{number}": part / sum(parts) for number, part in enumerate(parts)})
+
+    before = some()
+    counts = Counter(choose_sticky(before, key) for key in keys)
+    assert all(within_4_sigma(counts[name], share, len(keys)) for name, share in before.weights)
+    for _ in range(3):
+        after = some()
+        least = least_moved(before, after)
+        moved = sum(choose_sticky(before, key) != choose_sticky(after, key) for key in keys)
+        assert least * len(keys) * 0.8 <= moved <= 2 * least / (1 + least) * len(keys) * 1.2
+
+
+@pytest.mark.parametrize("count", [5, 20])
+def test_what_grows_among_many_takes_no_more_keys_than_it_must(count: int) -> None:
+    names = [f"v{number}" for number in range(count)]
+    before = table(**dict.fromkeys(names, 1 / count))
+    after = table(**{**dict.fromkeys(names, 0.6 / (count - 1)), "v0": 0.4})
+    moved = [key for key in KEYS if choose_sticky(before, key) != choose_sticky(after, key)]
+    assert within_4_sigma(len(moved), least_moved(before, after), len(KEYS))
+    assert {choose_sticky(after, key) for key in moved} == {"v0"}
+
+
 def test_a_new_backend_takes_its_share_and_moves_nothing_between_the_others() -> None:
     before, after = table(a=0.5, b=0.5), table(a=0.4, b=0.4, c=0.2)
     moved = [key for key in KEYS if choose_sticky(before, key) != choose_sticky(after, key)]
@@ -166,24 +201,24 @@ def test_sticky_choices_do_not_depend_on_the_order_of_the_table() -> None:
     assert all(choose_sticky(forward, key) == choose_sticky(backward, key) for key in KEYS[:1000])
 
 
-def test_sticky_choices_do_not_depend_on_the_process() -> None:
+def test_ten_thousand_keys_keep_their_backend_in_another_process() -> None:
     script = (
         "from serveit.declare.traffic import Traffic, choose_sticky\n"
         "traffic = Traffic((('a', .3), ('b', .3), ('c', .4)))\n"
-        "import sys; sys.stdout.write(''.join(choose_sticky(traffic, str(n)) for n in range(200)))"
+        "import sys; sys.stdout.write(''.join(choose_sticky(traffic, f'user-{n}') for n in range(10_000)))"
     )
-    outputs = {
-        subprocess.run(
+    traffic = table(a=0.3, b=0.3, c=0.4)
+    here = "".join(choose_sticky(traffic, key) for key in KEYS)
+    for seed in ("1", "2"):
+        told = subprocess.run(
             [sys.executable, "-c", script],
             env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)},
             capture_output=True,
             text=True,
             check=True,
-        ).stdout
-        for seed in ("1", "2")
-    }
-    assert len(outputs) == 1
-    assert set(outputs.pop()) == set("abc")
+        )
+        assert told.stdout == here
+    assert set(here) == set("abc")
 
 
 def test_the_border_between_name_and_key_counts() -> None:

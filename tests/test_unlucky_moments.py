@@ -13,7 +13,7 @@ from serveit.control.processes import Node
 from serveit.control.proxies import OTHERS_S
 from serveit.control.reconciler import MAX_SILENT_DEATHS
 from serveit.control.spec import check_app_name
-from tests.stage import Stage, spec, staged
+from tests.stage import Stage, scaled_to, spec, staged
 from tests.test_controller import proxy_order
 
 
@@ -119,7 +119,7 @@ class TestTraffic:
         stage.launcher.eager = False
         updating = await stage.deploying(spec(b=1, c=1))
         await stage.clock.settle()
-        await stage.controller.reroute("app", "/b", [["c", 1.0]], [])
+        await stage.controller.reroute("app", "/b", {"c": 1.0}, {})
         assert stage.controller.snapshot.apps[0].endpoints[0].weights == (("c", 1.0),), "at once"
         stage.launcher.made[-1].fail(ValueError("no"))
         await stage.clock.settle()
@@ -179,11 +179,11 @@ class TestNodes:
         stage.launcher.eager = False
         options = {**msgspec.json.decode(proxy_order().options), "location": "EveryNode"}
         order = msgspec.structs.replace(proxy_order(), options=msgspec.json.encode(options))
-        opening = stage.begin(stage.controller.http(None, order))
+        opening = stage.begin(stage.controller.proxies.open(None, order))
         await stage.clock.settle()
         stage.launcher.made[0].ready()
         await stage.clock.settle()
-        second = stage.begin(stage.controller.http(None, None))
+        second = stage.begin(stage.controller.proxies.open(None, None))
         await stage.clock.settle()
         assert second.done() and not opening.done()
         await stage.clock.advance(OTHERS_S + 0.1)
@@ -225,7 +225,7 @@ class TestShutdown:
 
     async def test_what_a_controller_was_removing_is_kept_while_the_next_looks(self, stage: Stage) -> None:
         await stage.deploy(spec(b=1, c=1))
-        stage.begin(stage.controller.http(None, proxy_order()))
+        stage.begin(stage.controller.proxies.open(None, proxy_order()))
         await stage.clock.settle()
         busy = stage.launcher.of("b#1")[0]
         busy.is_idle.clear()
@@ -284,6 +284,6 @@ class TestBackendsThatAreGivenUp:
             await stage.clock.advance(5.0)
         told = {backend.name: backend.given_up for backend in stage.controller.snapshot.apps[0].backends}
         assert "5 replicas of backend 'b' died within 60 s" in told["b"] and told["c"] == ""
-        await stage.controller.scale("app", "b", 1)
+        await stage.controller.update("app", "b", scaled_to(1))
         await stage.clock.settle()
         assert not any(backend.given_up for backend in stage.controller.snapshot.apps[0].backends)

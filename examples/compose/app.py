@@ -73,6 +73,14 @@ class Vote:
         verdicts = await asyncio.gather(*(self(scan.tolist()) for scan in load_scans()[1][:count]))
         return {index: verdict for index, verdict in enumerate(verdicts) if not verdict["agreed"]}
 
+    async def second_opinion(self, scan: Scan) -> int:
+        """What the neighbours say; where they are not sure of it, what the forest says."""
+        probabilities = await app.handle(Neighbours).call(scan)
+        if probabilities.max() < 0.8:
+            probabilities = await app.handle(Forest).call(scan)
+        return int(probabilities.argmax())
+
 
 app.add_route("/vote", Vote, methods=["POST"])
+app.add_route("/second-opinion", Vote.second_opinion, methods=["POST"])
 app.add_route("/disagreements", Vote.disagreements)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Unpack, overload
 
-from serveit.config import BackendConfig, did_you_mean
+from serveit.config import BackendConfig, check_options, check_seconds
+from serveit.control.orders import BackendChange
 from serveit.control.spec import check_app_name
 from serveit.declare.app import App
 from serveit.declare.traffic import parse_traffic
+from serveit.wire.pickles import dump
 
 if TYPE_CHECKING:
     import socket
@@ -18,8 +20,8 @@ if TYPE_CHECKING:
 
     from serveit.calling.handle import Handle
     from serveit.calling.sync import SyncHandle
-    from serveit.control.snapshot import EndpointInfo
     from serveit.control.spec import AppSpec
+    from serveit.declare.decorators import BackendChanges
 
 
 class AppControl(Protocol):
@@ -29,9 +31,11 @@ class AppControl(Protocol):
 
     async def spec(self) -> AppSpec: ...
 
-    async def scale(self, backend: str, num_replicas: int, *, wait: bool) -> None: ...
+    async def update(self, backend: str, wanted: BackendChange, *, wait: bool) -> None: ...
 
-    async def reroute(self, endpoint: str, weights: Any, shadows: Any) -> None: ...
+    async def reroute(
+        self, endpoint: str, weights: Mapping[str, float] | None, shadows: Mapping[str, float]
+    ) -> None: ...
 
     async def delete(self) -> None: ...
 
@@ -74,39 +78,56 @@ class AppClient:
         spec = await self._app.spec()
         return {route.prefix + route.pattern: [route.endpoint, list(route.methods)] for route in spec.routes}
 
-    async def update(self, backend: str, *, num_replicas: int, wait: bool = True) -> None:
+    async def update(
+        self,
+        backend: str,
+        *,
+        wait: bool = True,
+        deploy_timeout_s: float | None = None,
+        **options: Unpack[BackendChanges],
+    ) -> None:
         """Change a backend while it serves; returns when the change is in force.
+
+        What can be changed in running replicas is: the processes stay. Of a change of `num_threads`,
+        `batch_methods`, `ray_actor_options`, or between no `max_batch_size` and one, new replicas come in the
+        place of the old ones by a rolling update; other backends' replicas stay. Nothing fails meanwhile.
 
         Args:
             backend: its name.
-            num_replicas: as in `BackendConfig`. Replicas that go end what they run first.
-            wait: False to return when it is sure to be made; `status` tells what becomes of it.
+            wait: False to return when it is sure to be tried; `status` tells what becomes of it.
+            deploy_timeout_s: how long a new replica may wait for its place in the cluster.
+            options: fields of `BackendConfig`; the others stay. A `user_config` that is another than the one
+                before is handed to `reconfigure` of each replica, of one before all others.
 
         Raises:
             KeyError: there is no such backend.
-            ValueError: the value is out of range.
-            Exception: what a new replica's start-up code raised; then the old number stands.
+            TypeError: an unknown option, or one that does not fit the backend.
+            ValueError: a value is out of range, or does not go with another.
+            Exception: what the user's code raised, a `reconfigure` or a new replica's start; then everything
+                stands, or is put back, as it was.
         """
-        BackendConfig(num_replicas=num_replicas)
-        spec = await self._app.spec()
-        if backend not in (known := _names(spec)):
-            raise KeyError(f"app {spec.name!r} has no backend {backend!r}: {did_you_mean(backend, known)}")
-        await self._app.scale(backend, num_replicas, wait=wait)
+        await self._app.update(backend, _change(backend, options, deploy_timeout_s), wait=wait)
 
     async def set_traffic(self, endpoint: str, traffic: Mapping[str, float]) -> None:
         """Change the weights of the backends that an endpoint leads to; shadows stay.
 
+        When this returns, every proxy and every handle goes by the new weights. The app's next deploy brings
+        back those of its code.
+
         Args:
             endpoint: a route's name (its path, if it has no other).
-            traffic: weight by backend; they sum to 1.
+            traffic: weight by backend; they sum to 1. One of weight 0, or left out, keeps its replicas.
 
         Raises:
             KeyError: no such endpoint.
-            ValueError: no such backend, or the weights do not sum to 1. The old ones stand.
+            TypeError: what is given is no numbers by backend.
+            ValueError: no such backend, or its function does not fit the endpoint's route, or the weights do
+                not sum to 1. The old ones stand.
         """
-        spec, found = await self._endpoint(endpoint)
-        weights = parse_traffic(traffic, None, _names(spec), f"endpoint {endpoint!r}").weights
-        await self._app.reroute(endpoint, weights, found.shadows)
+        spec = await self._app.spec()
+        weights = dict(parse_traffic(traffic, None, _names(spec), f"endpoint {endpoint!r}").weights)
+        spec.rerouted(endpoint, weights, {})  # raises before anything is changed
+        await self._app.reroute(endpoint, weights, {})
 
     async def shadow_traffic(self, endpoint: str, backend: str, fraction: float) -> None:
         """Send copies of some of an endpoint's requests to a backend, whose answers nobody waits for.
@@ -115,24 +136,20 @@ class AppClient:
             endpoint: a route's name.
             backend: who gets the copies.
             fraction: of the requests, from 0 (none any more) to 1.
+
+        Raises:
+            KeyError: no such endpoint.
+            TypeError: the fraction is no number.
+            ValueError: no such backend, or its function does not fit the endpoint's route, or the fraction is
+                out of range. What was stands.
         """
-        spec, found = await self._endpoint(endpoint)
-        shadows = {**dict(found.shadows), backend: fraction}
-        parsed = parse_traffic(dict(found.weights), shadows, _names(spec), f"endpoint {endpoint!r}")
-        kept = [(name, share) for name, share in parsed.shadows if share]
-        await self._app.reroute(endpoint, found.weights, kept)
+        spec = await self._app.spec()
+        spec.rerouted(endpoint, None, {backend: fraction})  # raises before anything is changed
+        await self._app.reroute(endpoint, None, {backend: float(fraction)})
 
     async def delete(self) -> None:
         """End the app: what it runs may end."""
         await self._app.delete()
-
-    async def _endpoint(self, name: str) -> tuple[AppSpec, EndpointInfo]:
-        spec = await self._app.spec()
-        for endpoint in spec.endpoints:
-            if endpoint.name == name:
-                return spec, endpoint
-        known = [endpoint.name for endpoint in spec.endpoints]
-        raise KeyError(f"app {spec.name!r} has no endpoint {name!r}: {did_you_mean(name, known)}")
 
 
 class Client(AppClient):
@@ -210,9 +227,18 @@ class SyncClient:
         """As `Client.routes`."""
         return self._portal.call(self._client.routes)
 
-    def update(self, backend: str, *, num_replicas: int, wait: bool = True) -> None:
+    def update(
+        self,
+        backend: str,
+        *,
+        wait: bool = True,
+        deploy_timeout_s: float | None = None,
+        **options: Unpack[BackendChanges],
+    ) -> None:
         """As `Client.update`."""
-        self._portal.call(partial(self._client.update, backend, num_replicas=num_replicas, wait=wait))
+        self._portal.call(
+            partial(self._client.update, backend, wait=wait, deploy_timeout_s=deploy_timeout_s, **options)
+        )
 
     def set_traffic(self, endpoint: str, traffic: Mapping[str, float]) -> None:
         """As `Client.set_traffic`."""
@@ -229,6 +255,21 @@ class SyncClient:
     def delete(self) -> None:
         """As `Client.delete`."""
         self._portal.call(self._client.delete)
+
+
+def _change(backend: str, options: Mapping[str, Any], deploy_timeout_s: float | None) -> BackendChange:
+    """What travels to whoever runs the app."""
+    check_options(BackendConfig, f"backend {backend!r}", options)
+    if deploy_timeout_s is not None:
+        check_seconds("deploy_timeout_s", deploy_timeout_s, positive=True)
+    plain = dict(options)
+    pickled = None
+    if "user_config" in plain:
+        user_config = plain.pop("user_config")
+        if user_config is None:
+            raise ValueError("user_config=None says nothing to replicas that run: give the one to go to")
+        _, [pickled] = dump(user_config, f"the user_config of backend {backend!r}", inline=True)
+    return BackendChange(plain, None if pickled is None else bytes(pickled), deploy_timeout_s)
 
 
 def _names(spec: AppSpec) -> list[str]:

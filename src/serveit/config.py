@@ -101,9 +101,9 @@ class BackendConfig:
         if self.max_queued_requests is not None:
             _check_count("max_queued_requests", self.max_queued_requests, least=0)
         for name in ("batch_wait_timeout_s", "graceful_shutdown_timeout_s"):
-            _check_seconds(name, getattr(self, name))
+            check_seconds(name, getattr(self, name))
         if self.request_timeout_s is not None:
-            _check_seconds("request_timeout_s", self.request_timeout_s, positive=True)
+            check_seconds("request_timeout_s", self.request_timeout_s, positive=True)
         if self.ray_actor_options is not None:
             _check_actor_options(self.ray_actor_options)
         self._check_batching()
@@ -154,6 +154,20 @@ class BackendConfig:
         """A copy with these fields changed, validated as a whole."""
         check_options(type(self), "a backend's configuration", changes)
         return dataclasses.replace(self, **changes)
+
+    def needs_new_replicas(self, other: BackendConfig) -> bool:
+        """Whether replicas that run with this cannot be given `other` while they run.
+
+        What a process asks of the cluster is settled when it starts; the user's object may belong to the
+        thread that made it; and where a function begins or ends to take lists, its routes are bound anew.
+        """
+        is_batched = self.max_batch_size is not None
+        return (
+            self.num_threads != other.num_threads
+            or (self.ray_actor_options or {}) != (other.ray_actor_options or {})
+            or is_batched != (other.max_batch_size is not None)
+            or self.batch_methods != other.batch_methods
+        )
 
     def ongoing_limit(self, *, is_async: bool) -> int:
         """`max_ongoing_requests`, or the default for this kind of backend."""
@@ -214,7 +228,7 @@ class HTTPOptions:
             raise ValueError(f"port must be ≤ 65535, got {self.port}")
         for name in ("max_body_bytes", "max_header_bytes", "max_connections"):
             _check_count(name, getattr(self, name), least=1)
-        _check_seconds("keep_alive_s", self.keep_alive_s)
+        check_seconds("keep_alive_s", self.keep_alive_s)
         known = (*Location.__args__, None)  # type: ignore[attr-defined]
         if self.location not in known:
             raise ValueError(f"location must be one of {', '.join(map(repr, known))}, got {self.location!r}")
@@ -285,7 +299,8 @@ def _check_count(name: str, value: Any, *, least: int) -> None:
         raise ValueError(f"{name} must be ≥ {least}, got {value}")
 
 
-def _check_seconds(name: str, value: Any, *, positive: bool = False) -> None:
+def check_seconds(name: str, value: Any, *, positive: bool = False) -> None:
+    """TypeError or ValueError for what is no number of seconds, in range."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number of seconds, got {value!r}")
     if not math.isfinite(value) or value < 0 or (positive and value == 0):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from typing import TYPE_CHECKING, Any
 
 from serveit.calling.directory import Directory
@@ -18,45 +17,36 @@ from serveit.cancellation import is_cancelled, outlast
 from serveit.clock import DeadlineWheel, LoopClock
 from serveit.config import HANDLE_QUEUE, HTTP_QUEUE, NODE_HOST
 from serveit.context import serving
-from serveit.control.snapshot import ReplicaInfo, Snapshot
-from serveit.control.spec import AppSpec, app_spec
-from serveit.control.tally import Tally
+from serveit.control.snapshot import Snapshot
+from serveit.control.spec import app_spec
 from serveit.exceptions import NeedsRay, NotServing
+from serveit.local_replicas import LocalReplicas
 from serveit.observe import NullObserver
-from serveit.running.httpjob import Bindings
-from serveit.running.listener import Listener
-from serveit.running.replica import Replica
 from serveit.running.watchdog import Watchdog
 from serveit.web.ingress import Ingress
-from serveit.wire.memory import memory_pair
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Collection, Coroutine
+    from collections.abc import Collection, Coroutine, Mapping
 
     from serveit.config import HTTPOptions
+    from serveit.control.orders import BackendChange
+    from serveit.control.snapshot import ReplicaInfo
+    from serveit.control.spec import AppSpec, BackendSpec
     from serveit.declare.app import App
-    from serveit.declare.backend import BackendRecord
+    from serveit.local_replicas import LocalReplica
     from serveit.observe import Observer
     from serveit.types import Clock
     from serveit.web.proxy import Proxy
     from serveit.wire.link import Link, Receiver
 
-logger = logging.getLogger("serveit.local")
-
-SLOW_START_S = 2.0
-"""A start that takes longer says that it goes on."""
-SLOW_STOP_S = 1.0
-"""Constructors that run on for so long after another has failed are worth a line in the log."""
-
 
 class LocalRuntime:
     """One app, its replicas and its HTTP server in the running event loop.
 
-    Mutable state beside what its parts have: `_replicas` (by id) and `_states` ("starting", "ready",
-    "stopping"), `_numbers` (of the last replica, by backend), `_spec` (the app as it is), `_published` (how
-    often), `_tally` (of replicas that came and died), `_tasks` (that see changes through), `_closed` (nothing
-    is changed any more).
+    Mutable state beside what its parts have: `_spec` (the app as it is to be), `_version` (how often its
+    replicas were made anew), `_published` (how often), `_tasks` (that see changes through), `_closed`
+    (nothing is changed any more).
     """
 
     def __init__(
@@ -84,12 +74,8 @@ class LocalRuntime:
         self.http = http
         self._clock = clock
         self._observer = observer
-        self._replicas: dict[str, Replica] = {}
-        self._bindings: dict[str, Bindings] = {}
-        self._states: dict[str, str] = {}
-        self._numbers: dict[str, int] = {}
+        self._version = 1
         self._published = 0
-        self._tally = Tally()
         self._exit = contextlib.AsyncExitStack()
         self._tasks: set[asyncio.Task[None]] = set()
         self._scaling, self._publishing, self._closing = asyncio.Lock(), asyncio.Lock(), asyncio.Lock()
@@ -115,6 +101,7 @@ class LocalRuntime:
             )
         async with contextlib.AsyncExitStack() as stack:
             self._make()
+            self._spec = app_spec(self.app, name=self.name, prefix=self.prefix, code=b"")
             names = (*self.app.backends, *(route.name for route in self.app.routes))
             self._for_handles.expect(names)
             if listen and self.http.serves:
@@ -129,9 +116,7 @@ class LocalRuntime:
             stack.callback(watchdog.stop)
             stack.callback(self._wheel.close)
             stack.push_async_callback(self._close_replicas)
-            backends = self.app.backends.values()
-            await self._add([b for b in backends for _ in range(b.config.num_replicas)])
-            self._spec = app_spec(self.app, name=self.name, prefix=self.prefix, code=b"")
+            await self._add([b for b in self._spec.backends for _ in range(b.num_replicas)])
             await self._publish()
             stack.enter_context(serving(self.app, self))
             if self.proxy is not None:
@@ -167,22 +152,14 @@ class LocalRuntime:
 
     async def status(self) -> dict[str, Any]:
         """Each backend's replicas and what they are doing."""
-        backends: dict[str, dict[str, Any]] = {name: {} for name in self.app.backends}
-        for replica in self._replicas.values():
-            statistics = replica.statistics()
-            backends[replica.backend.name][replica.id] = {
-                "state": self._states[replica.id],
-                "running": statistics.running,
-                "waiting": statistics.waiting,
-            }
         return {
             "app": self.name,
             "url": self.url,
             "state": "DELETING" if self._closed else "RUNNING",
             "message": "",
-            "version": 1,
+            "version": self._version,
             "num_replicas": {backend.name: backend.num_replicas for backend in self._spec.backends},
-            "backends": backends,
+            "backends": {**{name: {} for name in self.app.backends}, **self._replicas.status()},
             "failed": {},
         }
 
@@ -190,31 +167,46 @@ class LocalRuntime:
         """The app as it is to be."""
         return self._spec
 
-    async def scale(self, backend: str, num_replicas: int, *, wait: bool = True) -> None:
-        """Change a backend's number of replicas; returns when they are there, and what is too many gone.
+    async def update(self, backend: str, wanted: BackendChange, *, wait: bool = True) -> None:
+        """Change a backend's options; returns when they are in force, and what is too many is gone.
 
         One change at a time: each finds what the one before has left.
 
         Args:
             backend: its name.
-            num_replicas: of it.
+            wanted: what is to be another than now.
             wait: it always is waited.
 
         Raises:
             NotServing: the app is shutting down.
-            Exception: what a new replica's start-up code raised; then the old number stands.
+            Exception: what the user's code raised, of a new replica or of one that was to take them in; then
+                all is as before.
         """
         async with self._scaling:
             self._check_open()
-            self._spec.scaled(backend, num_replicas)  # raises before anything is changed
-            own = [replica for replica in self._ready() if replica.backend.name == backend]
-            await self._add([self.app.backends[backend]] * (num_replicas - len(own)))
-            self._spec = self._spec.scaled(backend, num_replicas)
-            going = own[num_replicas:]
-            self._states.update((replica.id, "stopping") for replica in going)
+            spec = self._spec.changed(backend, wanted)
+            old, new = self._spec.backend(backend), spec.backend(backend)
+            own = self._replicas.ready(backend)
+            if old.config.needs_new_replicas(new.config):
+                await self._add([new] * new.num_replicas)
+                self._version += 1
+                going = own
+            else:
+                staying = own[: new.num_replicas]
+                await self._replicas.configure(staying, new.settings)
+                try:
+                    await self._add([new] * (new.num_replicas - len(own)))
+                except BaseException:
+                    await self._see_through(self._replicas.configure(staying, old.settings))
+                    raise
+                going = own[new.num_replicas :]
+            self._spec = self._spec.changed(backend, wanted)
+            self._replicas.dismiss(going)
             await self._see_through(self._withdraw(going))
 
-    async def reroute(self, endpoint: str, weights: Any, shadows: Any) -> None:
+    async def reroute(
+        self, endpoint: str, weights: Mapping[str, float] | None, shadows: Mapping[str, float]
+    ) -> None:
         """Change where an endpoint leads. NotServing if the app is shutting down."""
         self._check_open()
         self._spec = self._spec.rerouted(endpoint, weights, shadows)
@@ -236,6 +228,9 @@ class LocalRuntime:
         self._for_http = self._directory(HTTP_QUEUE)
         self._for_handles = self._directory(HANDLE_QUEUE)
         self.ingress = Ingress(self.http, {self.name: self._for_http}, self.clock)
+        self._replicas = LocalReplicas(
+            self.app, self.name, clock=self.clock, observer=self._observer, resolver=self
+        )
 
     def _directory(self, default_queue: int) -> Directory:
         return Directory(
@@ -251,86 +246,34 @@ class LocalRuntime:
         if self._closed:
             raise NotServing(f"app {self.name!r} is shutting down: nothing of it can be changed any more")
 
-    async def _add(self, backends: Collection[BackendRecord]) -> None:
+    async def _add(self, backends: Collection[BackendSpec]) -> None:
         """Start one more replica of each of these, all or none; whoever publishes next tells of them."""
-        new = [self._make_replica(backend) for backend in backends]
+        new: list[LocalReplica] = []
         try:
-            await self._start_replicas(new)
+            new += (self._replicas.make(backend) for backend in backends)
+            await self._replicas.start(new)
             self._check_open()
         except BaseException:
-            await self._see_through(self._end_replicas(new))
+            await self._see_through(self._replicas.end(new))
             if not is_cancelled():
                 self._check_open()  # it was `aclose` that gave the start up
             raise
-        self._states.update((replica.id, "ready") for replica in new)
-
-    async def _start_replicas(self, replicas: Collection[Replica]) -> None:
-        names = ", ".join(dict.fromkeys(replica.backend.name for replica in replicas))
-        slow = self._loop.call_later(SLOW_START_S, logger.info, "still starting %s", names)
-        starts = [self._loop.create_task(self._start_replica(replica)) for replica in replicas]
-        try:
-            await asyncio.gather(*starts)
-        except BaseException as error:
-            for start in starts:
-                start.cancel()
-            await self._outlast_starts(starts, error)
-            raise
-        finally:
-            slow.cancel()
-
-    def _make_replica(self, backend: BackendRecord) -> Replica:
-        number = self._numbers[backend.name] = self._numbers.get(backend.name, 0) + 1
-        replica = Replica(
-            backend,
-            id=f"{backend.name}#{number}",
-            app=self.name,
-            clock=self.clock,
-            observer=self._observer,
-            resolver=self,
-        )
-        self._replicas[replica.id] = replica
-        self._states[replica.id] = "starting"
-        return replica
-
-    async def _outlast_starts(self, starts: list[asyncio.Task[None]], error: BaseException) -> None:
-        """Wait for the constructors that still run: a thread cannot be stopped."""
-        ending = asyncio.gather(*starts, return_exceptions=True)
-        _, still = await asyncio.wait((ending,), timeout=SLOW_STOP_S)
-        if still and not isinstance(error, asyncio.CancelledError):
-            logger.error("%s: %s; waiting for constructors that still run", type(error).__name__, error)
-        await ending
-
-    async def _start_replica(self, replica: Replica) -> None:
-        backend: BackendRecord = replica.backend
-        try:
-            bindings = self._bindings.setdefault(backend.name, Bindings(backend))
-            bindings.prepare()
-            await replica.start()
-            self._tally.started(backend.name)
-        except Exception as error:
-            self._tally.died(backend.name)
-            error.add_note(f"(while replica {replica.id} of app {self.name!r} started)")
-            raise
+        for replica in new:
+            replica.state = "ready"
 
     async def _publish(self) -> None:
         """Tell the directories and the ingress, as a controller would with a snapshot."""
         async with self._publishing:
-            ready: dict[str, list[ReplicaInfo]] = {}
-            for replica in self._ready():
-                ready.setdefault(replica.backend.name, []).append(ReplicaInfo(replica.id, replica.id))
-            info = self._tally.told(self._spec.published(ready))
+            info = self._replicas.tally.told(self._spec.published(self._replicas.infos()))
             await self._for_http.update(info)
             await self._for_handles.update(info)
             self._published += 1
             self.ingress.update(Snapshot((0, self._published), (info,)))
 
-    def _ready(self) -> list[Replica]:
-        return [replica for replica in self._replicas.values() if self._states[replica.id] == "ready"]
-
-    async def _withdraw(self, replicas: Collection[Replica]) -> None:
+    async def _withdraw(self, replicas: Collection[LocalReplica]) -> None:
         """Tell what serves now, and end these, which do no longer."""
         await self._publish()
-        await self._end_replicas(replicas)
+        await self._replicas.end(replicas)
 
     async def _see_through(self, work: Coroutine[Any, Any, None]) -> None:
         """It goes on where whoever waits for it is cancelled; `aclose` waits for it."""
@@ -340,18 +283,15 @@ class LocalRuntime:
         await asyncio.shield(task)
 
     async def _connect(self, info: ReplicaInfo, receiver: Receiver) -> Link:
-        replica = self._replicas[info.address]
-        near, far = memory_pair()
-        near.receiver = receiver
-        far.receiver = Listener(replica, self._bindings[replica.backend.name], far)
-        return near
+        return self._replicas.connect(info, receiver)
 
     async def _let_end(self) -> None:
         """Wait for what runs: requests over HTTP, then calls. Whatever one of them calls is still there."""
         if not self._is_started:
             return
         begun = self.clock.time()
-        limits = {r: r.config.graceful_shutdown_timeout_s for r in self._replicas.values()}
+        replicas = [known.replica for known in self._replicas.all()]
+        limits = {replica: replica.config.graceful_shutdown_timeout_s for replica in replicas}
         self._for_handles.drain()
         if self.proxy is not None:
             self.ingress.ready = False
@@ -366,18 +306,9 @@ class LocalRuntime:
     async def _close_replicas(self) -> None:
         await outlast(self._end_all())
 
-    async def _end_replicas(self, replicas: Collection[Replica], limit_s: float | None = None) -> None:
-        """Let what runs in them end, in their own time or this, and close them."""
-        self._states.update((replica.id, "stopping") for replica in replicas)
-        await asyncio.gather(*(replica.drain(limit_s) for replica in replicas))
-        await asyncio.gather(*(replica.aclose() for replica in replicas))
-        for replica in replicas:  # two may have ended it at once
-            self._replicas.pop(replica.id, None)
-            self._states.pop(replica.id, None)
-
     async def _end_all(self) -> None:
         """End what still runs; its callers hear of it before their links are closed."""
-        await self._end_replicas(list(self._replicas.values()), 0.0)
+        await self._replicas.end(self._replicas.all(), 0.0)
         async with self._scaling:  # a change that was under way is given up, and cleans up
             while self._tasks:
                 await asyncio.wait(self._tasks)

@@ -122,7 +122,7 @@ def test_an_app_from_its_deploy_to_its_end(run: Run, instance: Instance) -> None
     assert fetch(f"{instance.url}/shop/predict") == "1"
 
     assert run("scale", "v2=2", "--app", "shop").stdout == "v2: 2 of 2 ready\n"
-    run("traffic", "predict", "v1=0", "v2=1", "--app", "shop")
+    run("traffic", "/shop/predict", "v1=0", "v2=1", "--app", "shop")
     assert fetch(f"{instance.url}/shop/predict") == "2"
 
     told: dict[str, Any] = json.loads(run("status", "shop", "--json").stdout)

@@ -31,6 +31,7 @@ from tests.cluster.versions import (
     versioned,
 )
 from tests.ledger import Ledger
+from tests.stage import scaled_to
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(150)]
 
@@ -217,7 +218,7 @@ async def test_a_frozen_controller_is_not_waited_for(instance: Instance, log: Pa
             os.kill(pid, signal.SIGSTOP)
             try:
                 with pytest.raises(NotServing, match="has not answered for 5 s") as raised:
-                    await asyncio.wait_for(running.app("frozen").scale("Ask", 2), 2.5 * CONTROL_S)
+                    await asyncio.wait_for(running.app("frozen").update("Ask", scaled_to(2)), 2.5 * CONTROL_S)
                 assert raised.value.executed == "maybe"
             finally:
                 os.kill(pid, signal.SIGCONT)

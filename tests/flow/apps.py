@@ -272,6 +272,35 @@ traffic.add_route("/shadowed/<text>", traffic={"v1": 1.0}, shadow={"v2": 1.0}, n
 traffic.add_route("/moved/<text>", traffic={"v1": 1.0}, name="moved")
 
 
+@traffic.backend
+async def inside(text: str) -> str:
+    """How a handle in a replica goes."""
+    return str(await traffic.handle("moved").call(text))
+
+
+@traffic.backend(max_ongoing_requests=1, max_queued_requests=0)
+async def narrow(text: str) -> str:
+    """Takes one request, and not a second one beside it."""
+    await asyncio.sleep(0.001)
+    return "narrow"
+
+
+@traffic.backend(max_ongoing_requests=2)
+async def bad_shadow(text: str) -> str:
+    """Fails, or is stuck in the folder that it is given."""
+    if text == "fail":
+        raise OwnError("nobody sees it", 1)
+    return await _wait(text)
+
+
+@traffic.backend
+async def misfit(word: str) -> str:
+    return word
+
+
+traffic.add_route("/guarded", traffic={"narrow": 1.0}, shadow={"bad_shadow": 1.0}, name="guarded")
+
+
 # -- changed while it runs -----------------------------------------------------------------------
 
 changed = App()
@@ -282,3 +311,56 @@ changed = App()
 async def steady(number: int) -> tuple[int, str]:
     await asyncio.sleep(0.001)
     return number, context().replica
+
+
+# -- what is configured while it serves ----------------------------------------------------------
+
+tuned = App()
+
+
+@tuned.route("/limit/<number:int>")
+@tuned.backend(num_replicas=2, user_config={"limit": 10})
+class Limit:
+    """Notes each configuration that it is given; a limit below 0 it refuses."""
+
+    def __init__(self) -> None:
+        self.given: list[Any] = []
+        self.limit = 0
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        self.given.append(user_config)
+        limit = user_config.get("limit", 0)
+        if limit < 0:
+            raise OwnError(f"a limit of {limit}", 7)
+        self.limit = limit
+
+    async def __call__(self, number: int) -> bool:
+        return number <= self.limit
+
+    async def told(self) -> tuple[str, int, list[Any], int]:
+        return context().replica, os.getpid(), self.given, self.limit
+
+
+@tuned.backend(max_batch_size=2, batch_wait_timeout_s=30.0)
+class Sizes:
+    async def __call__(self, numbers: list[int]) -> list[int]:
+        return [len(numbers)] * len(numbers)
+
+
+@tuned.route("/held")
+@tuned.backend(max_ongoing_requests=1)
+async def held(folder: str) -> str:
+    gate = Gate(folder)
+    with gate.inside():
+        await gate.passed()
+    return "done"
+
+
+@tuned.backend(num_threads=1)
+def threads(seconds: float = 0.0) -> tuple[str, str]:
+    return context().replica, threading.current_thread().name
+
+
+@tuned.backend
+async def untouched() -> tuple[str, int]:
+    return context().replica, os.getpid()

@@ -10,7 +10,7 @@ from serveit import App
 from serveit.exceptions import DeadlineExceeded, QueueFull
 from tests.flow import apps
 from tests.flow.answers import problem
-from tests.flow.conftest import Served
+from tests.flow.conftest import Serve, Served
 from tests.flow.gates import Gate
 from tests.rawhttp import connected
 from tests.support import wait_until
@@ -107,3 +107,27 @@ async def test_http_and_handles_take_turns(served: Served, gate: Gate) -> None:
     assert not all(call.done() for call in calls), "it has not had to wait for all the others"
     assert await asyncio.gather(*calls) == ["done"] * 60
     assert gate.peak == 3
+
+
+@pytest.mark.parametrize(("backend", "at_once", "more"), [("Desk", 100, 20), ("Plain", 1, 9)])
+async def test_what_runs_at_once_by_default(
+    serve: Serve, gate: Gate, backend: str, at_once: int, more: int
+) -> None:
+    """`async def` 100, `def` one after the other; whoever asks."""
+    folder = str(gate.folder)
+    async with serve(apps.handles) as served:
+        wait = served.handle(backend).options(method_name="wait")
+        calls = [asyncio.ensure_future(wait.call(folder)) for _ in range(at_once + more)]
+        await wait_until(lambda: len(gate.notes) >= at_once, 5, "as many as may run do")
+        async with asyncio.timeout(5):
+            while await load_of(served, backend) != (at_once, 1):
+                pass  # one more is handed to the replica, the others wait here
+        gate.open()
+        assert await asyncio.gather(*calls) == ["done"] * (at_once + more)
+    assert gate.peak == at_once
+
+
+async def load_of(served: Served, backend: str) -> tuple[int, int]:
+    """What runs in its one replica, and what waits there."""
+    (told,) = (await served.client.status())["backends"][backend].values()
+    return told["running"], told["waiting"]

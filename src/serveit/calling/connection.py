@@ -307,6 +307,8 @@ class Connection:
         phase = Phase.QUEUED if frame.type == FrameType.QUEUED else Phase.STARTED
         if exchange is not None and exchange.phase < phase:
             exchange.phase = phase
+            if exchange.expendable and phase == Phase.QUEUED:
+                exchange.cancel()  # it was to run at once, and must not stand in anybody's way
         if phase == Phase.STARTED and self._ceiling != sys.maxsize:
             self._ceiling += 1  # one of ours has left the waiting room
         self._dispatcher.room_made(self)

@@ -81,6 +81,12 @@ class ReplicaActor(Actor):
         return await self.run([serveit_request_id, args, kwargs])
 
     @control
+    async def configure(self, settings: bytes) -> bytes:
+        """Take in other settings while it serves; an encoded Configured, StartFailed or Leaving."""
+        assert self._host is not None, "only started replicas are configured"
+        return encode(await self._on_loop(self._host.configure(settings)))
+
+    @control
     async def idle(self, timeout_s: float) -> None:
         """Wait until nothing runs, at most so long. What is called meanwhile is taken."""
         if self._host is not None:

@@ -18,6 +18,7 @@ from serveit.cluster.store import RayStore
 from serveit.control.controller import Controller
 from serveit.control.orders import (
     CONTROLLER,
+    BackendChange,
     Deployed,
     DeployFailed,
     Deploying,
@@ -150,25 +151,27 @@ class ControllerActor(Actor):
         last = msgspec.msgpack.decode(seen, type=Deploying) if seen else None
         return encode(await controller.outcomes.progressed(name, version, last))
 
-    async def scale(self, name: str, backend: str, num_replicas: int, wait: bool) -> bytes:
+    async def update(self, name: str, backend: str, wanted: bytes, wait: bool) -> bytes:
         controller = await self._begun()
-        await controller.scale(name, backend, num_replicas)
+        await controller.update(name, backend, msgspec.msgpack.decode(wanted, type=BackendChange))
         return encode(await controller.settled(name) if wait else Deployed(controller.snapshot.version))
 
-    async def reroute(self, name: str, endpoint: str, weights: list[Any], shadows: list[Any]) -> None:
+    async def reroute(
+        self, name: str, endpoint: str, weights: dict[str, float] | None, shadows: dict[str, float]
+    ) -> None:
         controller = await self._begun()
         await controller.reroute(name, endpoint, weights, shadows)
-        await controller.acknowledged(controller.snapshot.version)
+        await controller.publisher.acknowledged(controller.snapshot.version)
 
     async def http(self, options: bytes | None, order: bytes | None) -> bytes:
         wanted = msgspec.msgpack.decode(order, type=ProxyOrder) if order is not None else None
-        return encode(await (await self._begun()).http(options, wanted))
+        return encode(await (await self._begun()).proxies.open(options, wanted))
 
     async def watch(self, member: str, version: tuple[int, int]) -> bytes:
-        return encode(await (await self._begun()).watch(member, (version[0], version[1])))
+        return encode(await (await self._begun()).publisher.watch(member, (version[0], version[1])))
 
     async def forget(self, member: str) -> None:
-        self._controller.forget(member)
+        self._controller.publisher.forget(member)
 
     async def describe(self, name: str) -> bytes:
         return encode((await self._begun()).describe(name))
@@ -185,7 +188,7 @@ class ControllerActor(Actor):
         return encode({"controller": {"pid": os.getpid(), "epoch": told.pop("epoch")}, **told})
 
     async def url(self) -> str | None:
-        return (await self._begun()).url
+        return (await self._begun()).proxies.url
 
     async def delete(self, name: str, owner: str | None) -> None:
         """End an app; with the last one ends the instance."""

@@ -25,6 +25,7 @@ from serveit.cluster.watch import Watch
 from serveit.config import HTTP_QUEUE, NODE_HOST, HTTPOptions
 from serveit.context import serving
 from serveit.control.orders import (
+    Configured,
     Leaving,
     Place,
     ProxyOrder,
@@ -35,12 +36,13 @@ from serveit.control.orders import (
     place_text,
 )
 from serveit.exceptions import ServeitError
-from serveit.logs import configure
+from serveit.logs import configure as configure_logs
 from serveit.running.failures import failure_of
 from serveit.running.httpjob import Bindings
 from serveit.running.listener import Listener
 from serveit.running.replica import Replica
 from serveit.running.reservation import Reservations
+from serveit.running.settings import LiveSettings, configured
 from serveit.running.watchdog import Watchdog
 from serveit.wire.channel import listen
 from serveit.wire.frames import FrameType, encode_message
@@ -83,11 +85,14 @@ class ReplicaHost:
             return Leaving()
         if self._starting is None:
             self._starting = asyncio.get_running_loop().create_task(self._start())
-        return await asyncio.shield(self._starting)
+        outcome = await asyncio.shield(self._starting)
+        if isinstance(outcome, Started):  # whoever asks again hears what has become of it
+            outcome = msgspec.structs.replace(outcome, settings=self._settings.octets)
+        return outcome
 
     async def _start(self) -> Started | StartFailed:
         order = self._order
-        configure(order.log_level)
+        configure_logs(order.log_level)
         try:
             await self._start_replica()
             place = await self._open_doors()
@@ -101,7 +106,9 @@ class ReplicaHost:
         order = self._order
         shipment = msgspec.msgpack.decode(order.code, type=Shipment)
         app = unpack(shipment)
-        backend = find(app, order.backend, shipment)
+        declared = find(app, order.backend, shipment)
+        self._settings = LiveSettings(declared.config, order.settings)
+        backend = configured(declared, order.settings)
         loop = asyncio.get_running_loop()
         resolver = Resolver(app, order.app, REPLICA_ROLE)
         await resolver.open()
@@ -136,6 +143,16 @@ class ReplicaHost:
         return Listener(
             self.replica, self._bindings, channel, reservations=self.reservations, may_call=may_call
         )
+
+    async def configure(self, settings: bytes) -> Configured | StartFailed | Leaving:
+        """Take in other settings while it serves."""
+        if self._closing is not None or self._is_leaving:
+            return Leaving()
+        try:
+            await self._settings.take_in(self.replica, settings)
+        except BaseException as error:
+            return start_failed(error, f"replica {self._order.id} of app {self._order.app!r}")
+        return Configured()
 
     async def idle(self, timeout_s: float) -> None:
         """Wait until nothing runs, at most so long."""
@@ -208,7 +225,7 @@ class ProxyHost:
         from serveit.web.ingress import Ingress
         from serveit.web.proxy import Proxy
 
-        configure(self._order.log_level)
+        configure_logs(self._order.log_level)
         sys.path[:0] = [path for path in self._order.paths if path not in sys.path]
         try:
             options = HTTPOptions(**msgspec.json.decode(self._order.options))

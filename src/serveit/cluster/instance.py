@@ -20,6 +20,7 @@ from serveit.cluster.session import open_session
 from serveit.cluster.shipping import spec_of
 from serveit.config import HTTPOptions
 from serveit.control.orders import (
+    BackendChange,
     Deployed,
     DeployFailed,
     Deploying,
@@ -35,7 +36,7 @@ from serveit.wire.frames import Failure
 from serveit.wire.pickles import load_exception
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Mapping
 
     from serveit.cluster.contact import Line
     from serveit.cluster.session import Session
@@ -171,15 +172,19 @@ class InstanceApp:
         """The app as it is to be."""
         return msgspec.msgpack.decode(await ask(self._controller, "describe", self._name), type=AppSpec)
 
-    async def scale(self, backend: str, num_replicas: int, *, wait: bool = True) -> None:
-        """Change a backend's number of replicas; returns when they are there, or, told not to wait, when
-        they are sure to come."""
-        octets = await ask(self._controller, "scale", self._name, backend, num_replicas, wait, timeout_s=None)
+    async def update(self, backend: str, wanted: BackendChange, *, wait: bool = True) -> None:
+        """Change a backend's options; returns when they are in force, or, told not to wait, when they are
+        sure to be tried."""
+        octets = await ask(
+            self._controller, "update", self._name, backend, encode(wanted), wait, timeout_s=None
+        )
         outcome = decode_deployed(octets)
         assert not isinstance(outcome, Deploying), "nobody has asked how far it is"
         _check(outcome)
 
-    async def reroute(self, endpoint: str, weights: Any, shadows: Any) -> None:
+    async def reroute(
+        self, endpoint: str, weights: Mapping[str, float] | None, shadows: Mapping[str, float]
+    ) -> None:
         """Change where an endpoint leads; returns when proxies and handles know."""
         await ask(self._controller, "reroute", self._name, endpoint, weights, shadows, timeout_s=None)
 

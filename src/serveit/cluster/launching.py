@@ -15,11 +15,13 @@ from serveit.cluster.actors import CONTROL_GROUP, ProxyActor, ReplicaActor
 from serveit.control.orders import (
     CONTROLLER,
     NAMESPACE,
+    Configured,
     Leaving,
     ProxyOrder,
     ReplicaOrder,
     Started,
     StartFailed,
+    decode_configured,
     decode_outcome,
     encode,
 )
@@ -64,13 +66,22 @@ class RayProcess:
 
     async def start(self) -> Started | StartFailed | Leaving:
         assert self._order is not None, "what is only to be ended is not started"
+        return decode_outcome(await self._ask(self._actor.start, encode(self._order)))
+
+    async def configure(self, settings: bytes) -> Configured | StartFailed | Leaving:
+        return decode_configured(await self._ask(self._actor.configure, settings))
+
+    @staticmethod
+    async def _ask(method: Any, octets: bytes) -> bytes:
+        """What the process says, and says again however often it is asked. Raises ProcessDied."""
         while True:
             try:
-                return decode_outcome(await self._actor.start.remote(encode(self._order)))
+                said: bytes = await method.remote(octets)
+                return said
             except (ray.exceptions.RayActorError, ray.exceptions.ActorUnschedulableError) as error:
                 if not isinstance(error, ray.exceptions.ActorUnavailableError):
                     raise ProcessDied(_how(error)) from error
-            await asyncio.sleep(AGAIN_S)  # it may be alive, and says the same however often it is asked
+            await asyncio.sleep(AGAIN_S)  # it may be alive
 
     async def status(self) -> dict[str, Any]:
         try:
@@ -135,6 +146,9 @@ class GoneProcess:
         raise ProcessDied(await self.death())
 
     async def start(self) -> Started | StartFailed:
+        raise ProcessDied(await self.death())
+
+    async def configure(self, settings: bytes) -> Configured | StartFailed | Leaving:
         raise ProcessDied(await self.death())
 
     async def status(self) -> dict[str, Any]:

@@ -23,10 +23,10 @@ from serveit.context import serving
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Mapping
 
     from serveit.cluster.ownership import OwnedApp
-    from serveit.control.orders import Deploying
+    from serveit.control.orders import BackendChange, Deploying
     from serveit.control.spec import AppSpec
     from serveit.declare.app import App
 
@@ -151,11 +151,13 @@ class ClusterRuntime:
         """The app as it is to be."""
         return await self._running.spec()
 
-    async def scale(self, backend: str, num_replicas: int, *, wait: bool) -> None:
-        """Change a backend's number of replicas; returns when they are there."""
-        await self._running.scale(backend, num_replicas, wait=wait)
+    async def update(self, backend: str, wanted: BackendChange, *, wait: bool) -> None:
+        """Change a backend's options; returns when they are in force."""
+        await self._running.update(backend, wanted, wait=wait)
 
-    async def reroute(self, endpoint: str, weights: Any, shadows: Any) -> None:
+    async def reroute(
+        self, endpoint: str, weights: Mapping[str, float] | None, shadows: Mapping[str, float]
+    ) -> None:
         """Change where an endpoint leads; returns when proxies and handles know."""
         await self._running.reroute(endpoint, weights, shadows)
 

@@ -106,6 +106,8 @@ def pairs(what: str, number: Callable[[str], Any]) -> Callable[..., dict[str, An
         pairs: dict[str, Any] = {}
         for value in values:
             name, sign, text = value.rpartition("=")
+            if name in pairs:
+                raise click.BadParameter(f"{name!r} is given twice", context, parameter)
             try:
                 pairs[name] = number(text)
             except ValueError:

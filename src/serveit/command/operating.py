@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from serveit.client import AppClient
 from serveit.command.reporting import Route, routes_of
-from serveit.config import BackendConfig, did_you_mean
-from serveit.declare.traffic import parse_traffic
+from serveit.config import did_you_mean
+from serveit.control.orders import BackendChange
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from serveit.cluster.instance import Instance
     from serveit.config import HTTPOptions
     from serveit.control.orders import Deploying
-    from serveit.control.snapshot import EndpointInfo
     from serveit.control.spec import AppSpec
     from serveit.declare.app import App
 
@@ -127,8 +126,7 @@ async def scale(instance: Instance, app: str, numbers: Mapping[str, int]) -> dic
     """Change numbers of replicas, one backend after the other; a mistake in any changes none."""
     spec = await _spec(instance, app)
     for backend, number in numbers.items():
-        spec.backend(backend)
-        BackendConfig(num_replicas=number)
+        spec.changed(backend, BackendChange({"num_replicas": number}))
     client = AppClient(instance.app(app))
     for backend, number in numbers.items():
         await client.update(backend, num_replicas=number)
@@ -147,18 +145,15 @@ async def traffic(
         weights: all of them; empty to leave them.
         shadows: those that change.
     """
-    spec = await _spec(instance, app)
-    found = _endpoint(spec, endpoint)
-    parsed = parse_traffic(
-        weights or dict(found.weights),
-        {**dict(found.shadows), **shadows},
-        [backend.name for backend in spec.backends],
-        f"endpoint {found.name!r}",
-    )
-    await instance.app(app).reroute(found.name, parsed.weights, parsed.shadows)
-    changed = Route("", (), app, found.name, parsed.weights, parsed.shadows)
-    paths = [route for route in routes_of([spec]) if route.endpoint == found.name]
-    return paths[0]._replace(weights=parsed.weights, shadows=parsed.shadows) if paths else changed
+    specs = await instance.specs()
+    _check_known(app, specs)
+    spec = specs[app]
+    name = _endpoint(spec, endpoint, specs)
+    changed = spec.rerouted(name, weights or None, shadows)  # raises before anything is changed
+    await instance.app(app).reroute(name, weights or None, shadows)
+    found = changed.endpoint(name)
+    alone = Route("", (), app, name, found.weights, found.shadows)
+    return next((route for route in routes_of([changed]) if route.endpoint == name), alone)
 
 
 async def delete(instance: Instance, name: str) -> None:
@@ -188,14 +183,23 @@ def _check_known(name: str, known: Mapping[str, Any]) -> None:
         raise KeyError(f"no app {name!r} runs: {did_you_mean(name, list(known))}")
 
 
-def _endpoint(spec: AppSpec, name: str) -> EndpointInfo:
-    """An endpoint goes by its route's name; its path, with the prefix, says it as well."""
-    paths = {route.prefix + route.pattern: route.endpoint for route in spec.routes}
-    ends = {endpoint.name: endpoint for endpoint in spec.endpoints}
-    found = ends.get(name) or ends.get(paths.get(name, ""))
-    if found is None:
-        raise KeyError(f"app {spec.name!r} has no endpoint {name!r}: {did_you_mean(name, [*ends, *paths])}")
-    return found
+def _endpoint(spec: AppSpec, name: str, others: Mapping[str, AppSpec]) -> str:
+    """An endpoint goes by its route's name; its path says it as well, with the prefix or without."""
+    ends = [endpoint.name for endpoint in spec.endpoints]
+    if name in ends:
+        return name
+    found = [r.endpoint for r in spec.routes if name in (r.prefix + r.pattern, r.pattern)]
+    if len(found) > 1:
+        raise KeyError(
+            f"{name!r} of app {spec.name!r} is several endpoints, by method: say "
+            f"{' or '.join(map(repr, found))}"
+        )
+    if found:
+        return found[0]
+    known = list(dict.fromkeys([*ends, *(route.prefix + route.pattern for route in spec.routes)]))
+    owners = [route.app for route in routes_of(others.values()) if route.path == name]
+    way_out = f"it is of --app {owners[0]}" if owners else did_you_mean(name, known)
+    raise KeyError(f"app {spec.name!r} has no endpoint {name!r}: {way_out}")
 
 
 # -- running them --------------------------------------------------------------------------------

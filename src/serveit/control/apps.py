@@ -15,10 +15,12 @@ from serveit.control.snapshot import ReplicaInfo
 from serveit.control.tally import Tally
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
+    from serveit.control.orders import BackendChange
     from serveit.control.replicas import Replica, Version
     from serveit.control.snapshot import AppInfo
+    from serveit.control.spec import BackendSpec
     from serveit.types import Timer
 
 
@@ -27,7 +29,7 @@ class RunningApp:
 
     All mutable state: `target` (the version that it is to be), `live` (the one whose routes callers know;
     None before the first one is up), `replicas` (by id), `outcome` (what becomes of the last change),
-    `failed` (why the last one has), `before` (for how many replicas a backend had before that change),
+    `failed` (why the last one has), `before` (backends as they were before that change),
     `moved` (set, and replaced, whenever something of this may have changed), `timer` (to look again),
     `leaving` (it has been deleted: what runs may end, and still finds what it calls), `tally`.
     """
@@ -38,7 +40,7 @@ class RunningApp:
         self.replicas: dict[str, Replica] = {}
         self.outcome: asyncio.Future[Deployed | DeployFailed] = asyncio.get_running_loop().create_future()
         self.failed = ""
-        self.before: dict[str, int] = {}
+        self.before: dict[str, BackendSpec] = {}
         self.moved = asyncio.Event()
         self.timer: Timer | None = None
         self.leaving = False
@@ -76,14 +78,24 @@ class RunningApp:
     @property
     def complete(self) -> bool:
         """Whether the target is up. What was given up after it had come up is not waited for."""
-        excused = self.target.given_up if self.target is self.live else ()
-        return is_complete(self.target.wanted, self.states(), excused)
+        if not is_complete(self.target.wanted, self.states(), self._excused):
+            return False
+        return self._is_configured
+
+    @property
+    def _excused(self) -> list[str]:
+        """Backends that were given up, and are not what the change is about."""
+        if self.live is None:
+            return []
+        shared = self.target.shared_with(self.live)
+        return [name for name in self.live.given_up if name in shared]
 
     def hangs_on(self, replica: Replica) -> bool:
         """Whether a change is under way that comes to nothing without this replica."""
-        if not self.changing or replica.version is not self.target:
+        if not self.changing or not self.target.runs(replica):
             return False
-        return self.target is not self.live or replica.backend in self.before
+        is_new = self.live is None or not self.live.runs(replica)
+        return is_new or replica.backend in self.before
 
     @property
     def is_ending_some(self) -> bool:
@@ -103,6 +115,7 @@ class RunningApp:
                 ready=replica.is_ready,
                 serves=self.serves(replica),
                 stopping=replica.ending is not None,
+                since=replica.origin if replica.origin != replica.version.number else 0,
             )
             for replica in self.replicas.values()
         ]
@@ -112,7 +125,7 @@ class RunningApp:
         one that is."""
         if self.live is None or not replica.is_ready:
             return False
-        if replica.version is self.live or self._outlives(replica):
+        if self.live.runs(replica) or self._outlives(replica):
             return True
         return replica.version.proven and replica.version.spec.stands_in_for(self.live.spec, replica.backend)
 
@@ -140,38 +153,84 @@ class RunningApp:
             self.before = {}
         self.failed = ""
 
-    def scale(self, backend: str, num_replicas: int) -> None:
-        """A change, or part of the one that is under way."""
-        spec = self.target.spec
-        scaled = spec.scaled(backend, num_replicas)
+    def update(self, backend: str, wanted: BackendChange) -> None:
+        """A change of one backend that its replicas can take in, or part of the one that is under way."""
+        before = self.target.spec
+        changed = before.changed(backend, wanted)
         self.begin()
-        self.target.spec = scaled
+        self.target.spec = changed
         self.target.forgive(backend)
-        self.before.setdefault(backend, spec.backend(backend).num_replicas)
+        self.before.setdefault(backend, before.backend(backend))
 
-    def reroute(self, endpoint: str, weights: Sequence[Any], shadows: Sequence[Any]) -> None:
+    def settings_of(self, replica: Replica) -> bytes:
+        """What one of its replicas is to be configured by."""
+        versions = (self.target, self.live, replica.version)
+        version = next(v for v in versions if v is not None and v.runs(replica))
+        return version.spec.backend(replica.backend).settings
+
+    @property
+    def _is_configured(self) -> bool:
+        """Whether the target's replicas have taken in what they are to be configured by."""
+        own = (r for r in self.replicas.values() if r.is_ready and self.target.runs(r))
+        return all(replica.settings == self.settings_of(replica) for replica in own)
+
+    async def configured(self) -> None:
+        """Wait until they have."""
+        while not self._is_configured:
+            await self.moved.wait()
+
+    def to_configure(self) -> list[Replica]:
+        """Replicas that are to be given other settings now: one of a backend's first; the others, when it
+        has taken them in."""
+        found = []
+        for name in {replica.backend for replica in self.replicas.values()}:
+            ready = [r for r in self.replicas.values() if r.backend == name and r.is_ready]
+            waiting = [r for r in ready if r.taking_in is None and r.settings != self.settings_of(r)]
+            taken_in = {replica.settings for replica in ready}
+            begun = {replica.taking_in for replica in ready}
+            for replica in waiting:
+                settings = self.settings_of(replica)
+                if settings in taken_in or settings not in begun:
+                    found.append(replica)
+                    begun.add(settings)
+        return found
+
+    def reroute(
+        self, endpoint: str, weights: Mapping[str, float] | None, shadows: Mapping[str, float]
+    ) -> None:
         """What callers are told changes at once; a version that is on its way has it, too."""
         for version in {self.target, self.live or self.target}:
-            with contextlib.suppress(KeyError):  # it may not have them
+            with contextlib.suppress(KeyError, ValueError):  # it may not have them
                 version.spec = version.spec.rerouted(endpoint, weights, shadows)
 
     def advance(self) -> bool:
         """Take in what its replicas have come to; whether the target is up."""
         states = self.states()
-        self.target.proven = self.target.proven or is_proven(self.target.wanted, states)
+        target = self.target
+        target.proven = target.proven or is_proven(target.wanted, states, self._excused)
         if complete := self.complete:
-            self.live = self.target
-            self.target.silent = 0
+            if self.live is not None and self.live is not target:
+                target.follow(self.live)
+            self.live = target
+            target.silent = 0
+            self._settle_in(target)
         return complete
+
+    def _settle_in(self, version: Version) -> None:
+        """What a version goes on with runs in it from here on: its deaths count there."""
+        for replica in self.replicas.values():
+            if version.runs(replica):
+                replica.version = version
 
     def go_back(self) -> bool:
         """To what it was before the change; whether there is anything to go back to."""
         if self.live is None:
             return False
         if self.target is self.live:
-            for backend, num_replicas in self.before.items():
-                self.live.spec = self.live.spec.scaled(backend, num_replicas)
+            for backend in self.before.values():
+                self.live.spec = self.live.spec.with_backend(backend)
         self.target = self.live
+        self._settle_in(self.live)
         return True
 
     def settle(self, outcome: Deployed | DeployFailed) -> None:
@@ -204,10 +263,7 @@ class RunningApp:
                 serving.setdefault(replica.backend, []).append(ReplicaInfo(replica.id, replica.address))
         info = self.live.spec.published(serving)
         outliving = {r.backend: r.version for r in self.replicas.values() if r.is_ready and self._outlives(r)}
-        more = (
-            msgspec.structs.replace(version.spec.backend(name).info, replicas=tuple(serving[name]))
-            for name, version in outliving.items()
-        )
+        more = (version.spec.backend(name).published(serving[name]) for name, version in outliving.items())
         given_up = self.live.given_up
         known = (
             msgspec.structs.replace(backend, given_up=given_up.get(backend.name, ""))
@@ -219,7 +275,7 @@ class RunningApp:
     @property
     def progress(self) -> Deploying:
         """How far the target is."""
-        own = [replica for replica in self.replicas.values() if replica.version is self.target]
+        own = [replica for replica in self.replicas.values() if self.target.runs(replica)]
         backends = {}
         for backend in self.target.spec.backends:
             ready = sum(replica.is_ready for replica in own if replica.backend == backend.name)

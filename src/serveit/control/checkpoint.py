@@ -9,16 +9,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
 from serveit.control.processes import backoff_s, pause
-from serveit.control.spec import AppSpec
+from serveit.control.spec import AppSpec, BackendSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
+    from serveit.control.orders import BackendChange
     from serveit.types import Clock
 
 logger = logging.getLogger("serveit.controller")
@@ -56,8 +57,8 @@ class AppRecord(msgspec.Struct, frozen=True):
     """The number of the one that it is to be."""
     live: int | None = None
     """Of the one that callers know."""
-    before: dict[str, int] = {}
-    """Replicas that backends had before the change that is under way."""
+    before: dict[str, BackendSpec] = {}
+    """Backends as they were before the change that is under way."""
     changing: bool = False
     """Whether a change is under way."""
     failed: str = ""
@@ -77,27 +78,28 @@ class AppRecord(msgspec.Struct, frozen=True):
         )
         return msgspec.structs.replace(self, versions=tuple(versions))
 
-    def rerouted(self, endpoint: str, weights: list[Any], shadows: list[Any]) -> AppRecord:
+    def rerouted(
+        self, endpoint: str, weights: Mapping[str, float] | None, shadows: Mapping[str, float]
+    ) -> AppRecord:
         """The same with other traffic, also in the version that serves, where that has them."""
         versions = []
         for version in self.versions:
             if version.number in (self.target, self.live):
-                with contextlib.suppress(KeyError):
+                with contextlib.suppress(KeyError, ValueError):
                     spec = version.spec.rerouted(endpoint, weights, shadows)
                     version = msgspec.structs.replace(version, spec=spec)
             versions.append(version)
         return msgspec.structs.replace(self, versions=tuple(versions))
 
-    def scaled(self, backend: str, num_replicas: int) -> AppRecord:
-        """The same with another number of replicas on its way, of a backend that is tried anew.
+    def updated(self, name: str, wanted: BackendChange) -> AppRecord:
+        """The same on its way to other options of a backend, which is tried anew.
 
         Raises:
-            KeyError: no such backend.
-            ValueError: a negative number.
+            KeyError, TypeError, ValueError: as `AppSpec.changed`.
         """
-        changed = self.respecified(self.spec.scaled(backend, num_replicas))
-        versions = tuple(v.forgiving(backend) if v.number == self.target else v for v in changed.versions)
-        before = {backend: self.spec.backend(backend).num_replicas, **(self.before if self.changing else {})}
+        changed = self.respecified(self.spec.changed(name, wanted))
+        versions = tuple(v.forgiving(name) if v.number == self.target else v for v in changed.versions)
+        before = {name: self.spec.backend(name), **(self.before if self.changing else {})}
         return msgspec.structs.replace(changed, versions=versions, before=before, changing=True, failed="")
 
     def retargeted(self, version: VersionRecord) -> AppRecord:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from serveit.clock import LoopClock
+from serveit.control.adoption import restored
 from serveit.control.apps import RunningApp, no_app
 from serveit.control.checkpoint import MAX_PAUSE_S, AppRecord, Checkpoint, Checkpoints
 from serveit.control.orders import ActorName, Deployed, DeployFailed
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from serveit.control.checkpoint import Store
-    from serveit.control.orders import ProxyOrder, Started, StartFailed
+    from serveit.control.orders import BackendChange
     from serveit.control.processes import Launcher
     from serveit.control.snapshot import Snapshot
     from serveit.control.spec import AppSpec
@@ -44,7 +45,8 @@ logger = logging.getLogger("serveit.controller")
 
 
 class Controller:
-    """Desired state, actual state, and what brings them together.
+    """Desired state, actual state, and what brings them together. Watchers come to its `publisher`, whoever
+    needs an HTTP server to its `proxies`.
 
     All mutable state: `_version` (the last of an app's), `_to_remove` (apps whose end a controller before
     this one has begun), `_ending` (all of it is to end) and `_shutdown` (the task that does it; None
@@ -74,13 +76,13 @@ class Controller:
         self._launcher = launcher
         self._clock = clock if clock is not None else LoopClock()
         self.owners = Owners(self._clock, self._end_apps)
-        self._publisher = Publisher(self._clock)
+        self.publisher = Publisher(self._clock)
         self._checkpoints = Checkpoints(store, self._clock, self._checkpoint)
-        self._proxies = Proxies(launcher, self._clock, self._publisher.forget, self._checkpoints.mark)
+        self.proxies = Proxies(launcher, self._clock, self.publisher.forget, self._checkpoints.mark)
         fresh = Surroundings(folder, secrets.token_bytes(32), over_tcp, log_level, secrets.token_hex(3))
-        self._reconciler = Reconciler(launcher, self._clock, self._publisher, fresh, self._checkpoints.mark)
+        self._reconciler = Reconciler(launcher, self._clock, self.publisher, fresh, self._checkpoints.mark)
         self._apps = self._reconciler.apps
-        self.outcomes = Outcomes(self._apps, self._checkpoints, self._publisher)
+        self.outcomes = Outcomes(self._apps, self._checkpoints, self.publisher, self._clock)
         self._version = 0
         self._to_remove: tuple[AppRecord, ...] = ()
         self._ending = False
@@ -109,7 +111,7 @@ class Controller:
         """
         kept = await self._checkpoints.load()
         now = time.time_ns() // 1_000_000
-        self._publisher.begin(now if kept is None else max(now, kept.epoch + 1))
+        self.publisher.begin(now if kept is None else max(now, kept.epoch + 1))
         if kept is not None:
             self._version = kept.version
             self._ending = self._reconciler.stopping = kept.ending
@@ -128,23 +130,20 @@ class Controller:
             # Another instance's, whose controller was ended by force.
             for name in replicas:
                 self._launcher.stray(str(name)).kill()
-            await self._proxies.recover(None, names)
+            await self.proxies.recover(None, names)
             self._checkpoints.mark()
             return
         logger.info("a controller has started anew: it takes over %d actors", len(names))
         self._to_remove = kept.leaving
-        homes, leaving = {}, []
-        for record in (*kept.leaving, *kept.apps.values()):
-            app, versions = _restored(record)
-            homes.update({(app.name, number): (app, version) for number, version in versions.items()})
-            if record.leaving:
-                leaving.append(app)
-            else:
+        apps, homes = restored((*kept.leaving, *kept.apps.values()))
+        leaving = [app for app in apps if app.leaving]
+        for app in apps:
+            if not app.leaving:
                 self._apps[app.name] = app
                 self.outcomes.remember(app)
-        await self._proxies.recover(kept.http, names)
-        for member in self._proxies.members:
-            self._publisher.expect(member)
+        await self.proxies.recover(kept.http, names)
+        for member in self.proxies.members:
+            self.publisher.expect(member)
         await self._reconciler.adopt(homes, replicas)
         for app in leaving:
             self._reconciler.remove(app)
@@ -186,44 +185,62 @@ class Controller:
                 self.owners.check(app.target.spec, spec.owner)
             spec.check_routes(v.spec for other in self._apps.values() for v in other.versions)
             version = Version(self._version + 1, spec)
-            await self._keep(
-                spec.name,
-                AppRecord((version.record,), version.number, changing=True)
-                if app is None
-                else app.record.retargeted(version.record),
-                version=version.number,
-            )
-            self.check_open()
-            self._version += 1
-            app = self._apps.get(spec.name)  # a failed change may have ended it meanwhile
-            if app is None:
-                app = self._apps[spec.name] = RunningApp(version)
-            else:
-                app.begin(version)
-            self.outcomes.remember(app)
+            app = await self._retarget(app, version)
         self._reconciler.reconcile(app)
         return version.number
 
-    async def scale(self, name: str, backend: str, num_replicas: int) -> None:
-        """Change a backend's number of replicas; `settled` waits for it. A backend that was given up is
-        tried anew.
+    async def _retarget(self, app: RunningApp | None, version: Version) -> RunningApp:
+        """Keep, and then set, that an app is to be another version of itself; the first one, for None."""
+        name = version.spec.name
+        record = (
+            AppRecord((version.record,), version.number, changing=True)
+            if app is None
+            else app.record.retargeted(version.record)
+        )
+        await self._keep(name, record, version=version.number)
+        self.check_open()
+        self._version += 1
+        app = self._apps.get(name)  # a failed change may have ended it meanwhile
+        if app is None:
+            app = self._apps[name] = RunningApp(version)
+        else:
+            app.begin(version)
+        self.outcomes.remember(app)
+        return app
+
+    async def update(self, name: str, backend: str, wanted: BackendChange) -> None:
+        """Change the options of a backend; `settled` waits for it. Its replicas take them in while they run,
+        where they can; else they are replaced, turn by turn, and those of other backends run on. A backend
+        that was given up is tried anew.
+
+        Args:
+            name: of the app.
+            backend: of it.
+            wanted: what is to be another than now.
 
         Raises:
             KeyError: no such app or backend.
-            ValueError: a negative number.
+            TypeError, ValueError: an option that there is not, or a value that does not fit.
             OSError: the change cannot be kept, and is not made.
         """
         async with self._checkpoints.changing:
-            await self._keep(name, self._known(name).record.scaled(backend, num_replicas))
             app = self._known(name)
-            app.scale(backend, num_replicas)
-        self._reconciler.reconcile(app)
+            spec, number = app.target.spec, app.target.number
+            changed = spec.changed(backend, wanted)
+            if spec.backend(backend).config.needs_new_replicas(changed.backend(backend).config):
+                await self._retarget(app, Version(self._version + 1, changed.as_next(number, backend)))
+            else:
+                await self._keep(name, app.record.updated(backend, wanted))
+                self._known(name).update(backend, wanted)  # a failed change may have ended it meanwhile
+        self._reconciler.reconcile(self._known(name))
 
-    async def reroute(self, name: str, endpoint: str, weights: list[Any], shadows: list[Any]) -> None:
-        """Change where an endpoint leads, in a new version that is coming up, too.
+    async def reroute(
+        self, name: str, endpoint: str, weights: Mapping[str, float] | None, shadows: Mapping[str, float]
+    ) -> None:
+        """Change where an endpoint leads, in a new version that is coming up, too: see `AppSpec.rerouted`.
 
         Raises:
-            KeyError: no such app, endpoint or backend.
+            KeyError, ValueError: no such app or endpoint, or it cannot lead there.
             OSError: the change cannot be kept, and is not made.
         """
         async with self._checkpoints.changing:
@@ -265,7 +282,7 @@ class Controller:
         self._reconciler.stopping = True
         self._checkpoints.mark()  # the next controller would go on with it
         try:
-            await self._proxies.aclose(self._reconciler.drain_s)
+            await self.proxies.aclose(self._reconciler.drain_s)
         finally:
             await self._reconciler.aclose()
             await self._checkpoints.aclose()
@@ -273,21 +290,21 @@ class Controller:
     async def status(self, name: str) -> dict[str, Any]:
         """What an app's replicas are doing, and which backends were given up. KeyError lists the known
         apps."""
-        leaving = next((app for app in self._reconciler.removing if app.name == name), None)
-        if (app := self._apps.get(name) or leaving) is not None:
-            return await app.status()
+        for app in (self._apps.get(name), *self._reconciler.removing):
+            if app is not None and app.name == name:
+                return await app.status()
         if name in self.outcomes.failures:  # for whoever has not waited
             return no_app(self.outcomes.failures[name])
-        return await self._known(name).status()
+        raise self._unknown(name)
 
     async def overview(self) -> dict[str, Any]:
         """All apps' status, and where the instance answers."""
         apps = {app.name: app for app in (*self._reconciler.removing, *self._apps.values())}
         told = await asyncio.gather(*(app.status() for app in apps.values()))
         return {
-            "url": self.url,
-            "epoch": self._publisher.epoch,
-            "proxies": self._proxies.status(),
+            "url": self.proxies.url,
+            "epoch": self.publisher.epoch,
+            "proxies": self.proxies.status(),
             "apps": dict(zip(apps, told, strict=True)),
         }
 
@@ -304,15 +321,6 @@ class Controller:
     def is_empty(self) -> bool:
         """Whether nothing is to run, nothing is still ending, and nobody may be about to deploy something."""
         return self._reconciler.is_empty and not self.owners.are_there
-
-    @property
-    def url(self) -> str | None:
-        """Where the instance answers HTTP."""
-        return self._proxies.url
-
-    async def http(self, options: bytes | None, order: ProxyOrder | None) -> Started | StartFailed | None:
-        """The HTTP server of the instance, started if need be; see `Proxies.open`."""
-        return await self._proxies.open(options, order)
 
     # -- owners ------------------------------------------------------------------------------
 
@@ -344,19 +352,7 @@ class Controller:
     @property
     def snapshot(self) -> Snapshot:
         """The latest."""
-        return self._publisher.snapshot
-
-    async def watch(self, member: str, version: tuple[int, int]) -> Snapshot:
-        """A later snapshot than the one that the member has taken in; see `Publisher.watch`."""
-        return await self._publisher.watch(member, version)
-
-    def forget(self, member: str) -> None:
-        """The member watches no longer."""
-        self._publisher.forget(member)
-
-    async def acknowledged(self, version: tuple[int, int]) -> None:
-        """Wait until every watcher has taken in this snapshot; see `Publisher.acknowledged`."""
-        await self._publisher.acknowledged(version)
+        return self.publisher.snapshot
 
     # -- keeping -----------------------------------------------------------------------------
 
@@ -364,7 +360,7 @@ class Controller:
         """All that the next controller has to know."""
         around = self._reconciler.surroundings
         return Checkpoint(
-            epoch=self._publisher.epoch,
+            epoch=self.publisher.epoch,
             token=around.token,
             secret=around.secret,
             version=self._version,
@@ -374,7 +370,7 @@ class Controller:
                 *self._to_remove,
                 *(msgspec.structs.replace(app.record, leaving=True) for app in self._reconciler.removing),
             ),
-            http=self._proxies.kept,
+            http=self.proxies.kept,
             ending=self._ending,
         )
 
@@ -387,13 +383,9 @@ class Controller:
         await self._checkpoints.keep(msgspec.structs.replace(now, apps=apps, **changes))
 
     def _known(self, name: str) -> RunningApp:
-        app = self._apps.get(name)
-        if app is None:
-            raise KeyError(f"there is no app {name!r}; running: {', '.join(sorted(self._apps)) or 'none'}")
+        if (app := self._apps.get(name)) is None:
+            raise self._unknown(name)
         return app
 
-
-def _restored(record: AppRecord) -> tuple[RunningApp, Mapping[int, Version]]:
-    """An app, and those of its versions of which replicas may run, by number."""
-    versions = {version.number: Version.of(version) for version in record.versions}
-    return RunningApp.of(record, versions), versions
+    def _unknown(self, name: str) -> KeyError:
+        return KeyError(f"there is no app {name!r}; running: {', '.join(sorted(self._apps)) or 'none'}")

@@ -6,9 +6,12 @@ What only replicas and drivers unpickle (the app by value, an exception) travels
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import msgspec
+
+from serveit.config import BackendConfig
 
 NAMESPACE = "serveit"
 """The Ray namespace of an instance's actors."""
@@ -35,10 +38,21 @@ class ReplicaOrder(msgspec.Struct, frozen=True):
     log_level: str = "info"
     actor: str = ""
     """The name of its actor; an `ActorName`."""
-    actor_options: dict[str, Any] = {}
+    actor_options: Mapping[str, Any] = {}
     """What it asks of the cluster."""
+    settings: bytes = b""
+    """How it is configured: encoded `Settings`; empty for what the code says."""
     max_ongoing: int = 1
     """Requests that it runs at once."""
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """How a running replica is configured. Two that are equal, octet by octet, ask the same of it."""
+
+    config: BackendConfig
+    """Without what only the controller or the user's code understands."""
+    user_config: bytes | None = None
+    """Pickled; None for what the code says."""
 
 
 class ActorName(NamedTuple):
@@ -48,7 +62,7 @@ class ActorName(NamedTuple):
     replica: str
     """Its id, "backend#7"."""
     version: int
-    """Of the app that it runs."""
+    """Of the app that its backend was made of; later ones may run it unchanged."""
     token: str
     """Of the instance: nobody else's actor in the cluster has this name."""
 
@@ -93,6 +107,12 @@ class Started(msgspec.Struct, frozen=True, tag=True):
     pid: int
     address: str
     """A replica's: where its callers connect, an encoded `Place`. A proxy's: its URL."""
+    settings: bytes = b""
+    """What a replica is configured by, at present."""
+
+
+class Configured(msgspec.Struct, frozen=True, tag=True):
+    """A running replica has taken in its new settings."""
 
 
 class Leaving(msgspec.Struct, frozen=True, tag=True):
@@ -100,7 +120,7 @@ class Leaving(msgspec.Struct, frozen=True, tag=True):
 
 
 class StartFailed(msgspec.Struct, frozen=True, tag=True):
-    """It cannot become that: what the user's code, or the address to listen on, raised."""
+    """It cannot become that, or take in that: what the user's code, or the address to listen on, raised."""
 
     failure: bytes
     """An encoded `Failure`: type, text and traceback."""
@@ -120,6 +140,17 @@ class Place(msgspec.Struct, frozen=True):
     tcp: str = ""
     actor: str = ""
     """The name of the actor, for tasks."""
+
+
+class BackendChange(msgspec.Struct, frozen=True):
+    """What is to change of a backend while it serves."""
+
+    options: dict[str, Any] = {}
+    """Fields of `BackendConfig`, but for `user_config`."""
+    user_config: bytes | None = None
+    """Another one, pickled; None to leave it."""
+    deploy_timeout_s: float | None = None
+    """How long a replica may wait for its place in the cluster; None: as before."""
 
 
 class Joined(msgspec.Struct, frozen=True):
@@ -159,6 +190,11 @@ encode = msgspec.msgpack.encode
 def decode_outcome(octets: bytes) -> Started | StartFailed | Leaving:
     """What a process said of its start."""
     return msgspec.msgpack.decode(octets, type=Started | StartFailed | Leaving)
+
+
+def decode_configured(octets: bytes) -> Configured | StartFailed | Leaving:
+    """What a process said of new settings."""
+    return msgspec.msgpack.decode(octets, type=Configured | StartFailed | Leaving)
 
 
 def decode_deployed(octets: bytes) -> Deployed | DeployFailed | Deploying:

@@ -6,6 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from serveit.control.orders import Deployed, DeployFailed
+from serveit.control.processes import ended
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -14,9 +15,12 @@ if TYPE_CHECKING:
     from serveit.control.checkpoint import Checkpoints
     from serveit.control.orders import Deploying
     from serveit.control.publisher import Publisher
+    from serveit.types import Clock
 
 MAX_OUTCOMES = 20
 """Deploys whose outcome is kept for whoever has not asked yet."""
+GO_BACK_S = 10.0
+"""What replicas get to take a configuration back that another one has refused."""
 
 
 class Outcomes:
@@ -24,17 +28,19 @@ class Outcomes:
     nothing is left did not come up, by name)."""
 
     def __init__(
-        self, apps: Mapping[str, RunningApp], checkpoints: Checkpoints, publisher: Publisher
+        self, apps: Mapping[str, RunningApp], checkpoints: Checkpoints, publisher: Publisher, clock: Clock
     ) -> None:
         """
         Args:
             apps: those that there are now, by name.
             checkpoints: what has failed is kept before it is told.
             publisher: what has come into force is known to all before it is told.
+            clock: for patience.
         """
         self._apps = apps
         self._checkpoints = checkpoints
         self._publisher = publisher
+        self._clock = clock
         self.failures: dict[str, str] = {}
         self._deploys: dict[int, asyncio.Future[Deployed | DeployFailed]] = {}
 
@@ -81,8 +87,14 @@ class Outcomes:
             await app.moved.wait()
 
     async def settled(self, app: RunningApp) -> Deployed | DeployFailed:
-        """Wait until an app is what it is to be, or what the last change made of it has failed."""
-        return await self._in_force(app.outcome)
+        """Wait until an app is what it is to be, or what the last change made of it has failed: then its
+        replicas have gone back to what they were configured by, if that does not take too long."""
+        outcome = await self._in_force(app.outcome)
+        if isinstance(outcome, DeployFailed):
+            going_back = asyncio.ensure_future(app.configured())
+            await ended(self._clock, going_back, GO_BACK_S)
+            going_back.cancel()
+        return outcome
 
     async def _in_force(self, change: asyncio.Future[Deployed | DeployFailed]) -> Deployed | DeployFailed:
         outcome = await asyncio.shield(change)

@@ -32,6 +32,16 @@ class Wanted(NamedTuple):
     not_before: Mapping[str, float] = {}
     """By backend, when its next replica may start; `inf` for one that was given up."""
 
+    def origin(self, backend: str) -> int:
+        """The version that a backend's replicas are made of: itself, or one before that it goes on with."""
+        found = self.spec.find(backend)
+        return found.since or self.version if found is not None else self.version
+
+    def shares(self, backend: str, other: Wanted) -> bool:
+        """Whether both versions run the same replicas of a backend."""
+        has_it = self.spec.find(backend) is not None and other.spec.find(backend) is not None
+        return has_it and self.origin(backend) == other.origin(backend)
+
 
 class ReplicaState(NamedTuple):
     """A replica, from its start to the end of its process."""
@@ -45,6 +55,13 @@ class ReplicaState(NamedTuple):
     """Whether callers of the app are sent to it."""
     stopping: bool = False
     """It ends what it runs, and needs its room still."""
+    since: int = 0
+    """The version that its backend was made of, where it runs in a later one."""
+
+    @property
+    def origin(self) -> int:
+        """The version that it is made of; see `Wanted.origin`."""
+        return self.since or self.version
 
 
 class Start(NamedTuple):
@@ -110,16 +127,16 @@ def is_complete(wanted: Wanted, replicas: Iterable[ReplicaState], excused: Colle
     return all(ready.get(b.name, 0) >= b.num_replicas for b in wanted.spec.backends if b.name not in excused)
 
 
-def is_proven(wanted: Wanted, replicas: Iterable[ReplicaState]) -> bool:
-    """Whether every backend of a version that is to have replicas has a ready one."""
+def is_proven(wanted: Wanted, replicas: Iterable[ReplicaState], excused: Collection[str] = ()) -> bool:
+    """Whether every backend of a version that is to have replicas has a ready one; but for those excused."""
     ready = _num_ready(wanted, replicas)
-    return all(b.name in ready for b in wanted.spec.backends if b.num_replicas)
+    return all(b.name in ready for b in wanted.spec.backends if b.num_replicas and b.name not in excused)
 
 
 def _num_ready(wanted: Wanted, replicas: Iterable[ReplicaState]) -> dict[str, int]:
     ready: dict[str, int] = {}
     for replica in replicas:
-        if replica.ready and not replica.stopping and replica.version == wanted.version:
+        if replica.ready and not replica.stopping and replica.origin == wanted.origin(replica.backend):
             ready[replica.backend] = ready.get(replica.backend, 0) + 1
     return ready
 
@@ -132,25 +149,29 @@ def _plan_pool(
     old = serving.spec.find(name) if serving is not None else None
     if serving is None or old is None:
         assert new is not None, "one of the two has it"
-        return _take_turns(_Pool(name, replicas, target.version), new, new.num_replicas)
+        return _take_turns(_Pool(name, replicas, target), new, new.num_replicas)
+    if new is not None and target.shares(name, serving):
+        return _take_turns(_Pool(name, replicas, serving), new, new.num_replicas)
     if new is None:
-        staying = _Pool(name, replicas, serving.version)
+        staying = _Pool(name, replicas, serving)
         room = old.num_replicas - staying.size(has_surge=old.max_surge > 0)
         return _hold(staying, old.num_replicas, room)
     fits = target.spec.stands_in_for(serving.spec, name)
     if fits and target.proven:
-        return _take_turns(_Pool(name, replicas, target.version), new, old.num_replicas)
-    coming = _Pool(name, (r for r in replicas if r.version == target.version), target.version)
-    staying = _Pool(name, (r for r in replicas if r.version != target.version), serving.version)
+        return _take_turns(_Pool(name, replicas, target), new, old.num_replicas)
+    origin = target.origin(name)
+    coming = _Pool(name, (r for r in replicas if r.origin == origin), target)
+    staying = _Pool(name, (r for r in replicas if r.origin != origin), serving)
     return _come_up_beside(coming, new, staying, old, fits=fits)
 
 
 class _Pool:
     """A backend's replicas as one version sees them: its own, those that serve in their place, the rest."""
 
-    def __init__(self, name: str, replicas: Iterable[ReplicaState], version: int) -> None:
+    def __init__(self, name: str, replicas: Iterable[ReplicaState], wanted: Wanted) -> None:
         self.name = name
-        self.version = version
+        self.version = wanted.version
+        origin = wanted.origin(name)
         self.own: list[ReplicaState] = []
         self.stand_ins: list[ReplicaState] = []
         self.rest: list[ReplicaState] = []
@@ -158,7 +179,7 @@ class _Pool:
         for replica in replicas:
             if replica.stopping:
                 self.num_stopping += 1
-            elif replica.version == version:
+            elif replica.origin == origin:
                 self.own.append(replica)
             elif replica.serves:
                 self.stand_ins.append(replica)

@@ -10,7 +10,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
-    from serveit.control.orders import Leaving, ProxyOrder, ReplicaOrder, Started, StartFailed
+    from serveit.control.orders import Configured, Leaving, ProxyOrder, ReplicaOrder, Started, StartFailed
     from serveit.types import Clock
 
 BACKOFF_S, MAX_BACKOFF_S = 0.5, 30.0
@@ -28,6 +28,9 @@ class Process(Protocol):
 
     async def start(self) -> Started | StartFailed | Leaving:
         """Order it to become what it is for; the same again, if that was asked before. Raises ProcessDied."""
+
+    async def configure(self, settings: bytes) -> Configured | StartFailed | Leaving:
+        """Let a replica that runs take in other `Settings`; what it said of that. Raises ProcessDied."""
 
     async def status(self) -> dict[str, Any]:
         """What it is doing; empty if it does not say."""

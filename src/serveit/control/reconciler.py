@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from serveit.control.apps import RunningApp
-from serveit.control.orders import ActorName, Deployed, DeployFailed, Leaving
+from serveit.control.orders import ActorName, Configured, Deployed, DeployFailed, Leaving, StartFailed
 from serveit.control.plan import Start, Stop, Wait, plan
 from serveit.control.processes import ProcessDied, ended
 from serveit.control.replicas import Replica, Version
 from serveit.control.starting import Starter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable
+    from collections.abc import Callable, Coroutine, Iterable, Mapping
 
+    from serveit.control.adoption import Home, Origin
+    from serveit.control.apps import RunningApp
     from serveit.control.checkpoint import Checkpoint
     from serveit.control.orders import ReplicaOrder, Started
     from serveit.control.processes import Launcher, Process
@@ -40,10 +40,6 @@ STRAY_DRAIN_S = 30.0
 ADOPT_S = 1.5
 """What replicas that a controller before this one has started get to answer, until callers are told of
 those that have."""
-
-
-Homes = Mapping[tuple[str, int], tuple[RunningApp, Version]]
-"""Where a replica belongs, by the name of its app and the number of its version."""
 
 
 class Reconciler:
@@ -197,6 +193,9 @@ class Reconciler:
                     self._end(app, app.replicas[id])
                 case Wait(until):
                     app.look_again(self._clock.call_later(until - now, self.reconcile, app))
+        for replica in app.to_configure():
+            replica.taking_in = app.settings_of(replica)
+            self._run(self._configure(app, replica, replica.taking_in))
         self.publish()
         if before != (app.live, app.target.proven) or (complete and app.changing):
             self._on_change()
@@ -218,7 +217,7 @@ class Reconciler:
         self._starter.surroundings = self.surroundings._replace(token=kept.token, secret=kept.secret)
         self.number = kept.number
 
-    async def adopt(self, homes: Homes, found: Iterable[ActorName]) -> None:
+    async def adopt(self, homes: Mapping[Origin, Home], found: Iterable[ActorName]) -> None:
         """Take over the replicas that run; returns when it is known which of them are ready, or nearly so.
 
         Args:
@@ -229,9 +228,8 @@ class Reconciler:
         looking: list[Replica] = []
         for name in found:
             self.number = max(self.number, name.number)
-            app, version = homes.get((name.app, name.version), (None, None))
-            is_ours = name.token == self.surroundings.token
-            if not is_ours or app is None or version is None or version.spec.find(name.backend) is None:
+            app, version = homes.get((name.app, name.backend, name.version), (None, None))
+            if name.token != self.surroundings.token or app is None or version is None:
                 self.dismiss(str(name))
                 continue
             replica = Replica(name.replica, name.backend, version, adopted=True)
@@ -288,6 +286,29 @@ class Reconciler:
             app.tally.died(replica.backend)
             logger.error("replica %s of app %r died: %s", replica.id, app.name, how)
             self._count(app, replica, f"replica {replica.id} died: {how}")
+
+    async def _configure(self, app: RunningApp, replica: Replica, settings: bytes) -> None:
+        """Give a replica other settings while it serves. Where it cannot take them in, the change that
+        asked for them fails; one that cannot go back, either, is replaced."""
+        assert replica.process is not None, "it is ready"
+        try:
+            outcome = await replica.process.configure(settings)
+        except ProcessDied:
+            return  # whoever supervises it sees that, too
+        finally:
+            replica.taking_in = None
+        if isinstance(outcome, Configured):
+            replica.settings = settings
+        elif isinstance(outcome, StartFailed):
+            replica.settings = b""  # some of it may have come into force
+            logger.error("app %r: replica %s: %s", app.name, replica.id, outcome.text)
+            is_wanted = settings == app.settings_of(replica)
+            if is_wanted and app.hangs_on(replica):
+                text = f"replica {replica.id} cannot take in its new configuration: {outcome.text}"
+                self._fail(app, DeployFailed(text, outcome))
+            elif is_wanted and replica.ending is None:
+                self._end(app, replica)
+        self.reconcile(app)
 
     def _not_started(self, app: RunningApp, replica: Replica, failed: DeployFailed, *, silent: bool) -> None:
         """What raises while it starts fails the change that hangs on it, what dies in silence is tried

@@ -45,6 +45,25 @@ class Version:
         not_before = {**self._not_before, **dict.fromkeys(self.given_up, math.inf)}
         return Wanted(self.number, self.spec, self.proven, not_before)
 
+    def origin(self, backend: str) -> int:
+        """The version that a backend's replicas are made of; see `Wanted.origin`."""
+        return self.wanted.origin(backend)
+
+    def runs(self, replica: Replica) -> bool:
+        """Whether a replica is one of this version's: made of it, or of one that it goes on with."""
+        return self.spec.find(replica.backend) is not None and self.origin(replica.backend) == replica.origin
+
+    def shared_with(self, other: Version) -> list[str]:
+        """The backends of which both run the same replicas."""
+        return [b.name for b in self.spec.backends if self.wanted.shares(b.name, other.wanted)]
+
+    def follow(self, other: Version) -> None:
+        """Come after a version, with what is known of the backends that it goes on with."""
+        shared = self.shared_with(other)
+        self.given_up |= {name: why for name, why in other.given_up.items() if name in shared}
+        self._deaths |= {name: when for name, when in other._deaths.items() if name in shared}
+        self._not_before |= {name: when for name, when in other._not_before.items() if name in shared}
+
     def died(self, backend: str, now: float, how: str) -> None:
         """A replica did; puts the next start off, or gives the backend up.
 
@@ -81,19 +100,24 @@ class Version:
 
 
 class Replica:
-    """One replica; `adopted` if a controller before this one has started it.
+    """One replica; `adopted` if a controller before this one has started it. `origin` is the version that it
+    is made of: a later one may go on with it.
 
-    All mutable state: `process` (None before it is launched), `address` (None before it is ready), `pid`,
-    `waiting` (what it waits for, where that is not the user's code), `started` (it may have been ready, if
-    it is no more), `answered` (set when its process has said what became of its start), `ending` (the task
-    that ends it; None before).
+    All mutable state: `version` (the one that it runs in), `settings` (what it is configured by; empty where
+    that is not certain), `taking_in` (what it is being given; None for nothing), `process` (None before it is
+    launched), `address` (None before it is ready), `pid`, `waiting` (what it waits for, where that is not the
+    user's code), `started` (it may have been ready, if it is no more), `answered` (set when its process has
+    said what became of its start), `ending` (the task that ends it; None before).
     """
 
     def __init__(self, id: str, backend: str, version: Version, *, adopted: bool = False) -> None:
         self.id = id
         self.backend = backend
         self.version = version
+        self.origin = version.origin(backend)
         self.adopted = adopted
+        self.settings = b""
+        self.taking_in: bytes | None = None
         self.process: Process | None = None
         self.address: str | None = None
         self.pid: int | None = None
@@ -118,6 +142,7 @@ class Replica:
     def become(self, outcome: Started) -> None:
         """It is ready."""
         self.address, self.pid, self.started = outcome.address, outcome.pid, True
+        self.settings = outcome.settings
 
     async def stop(self, *, to_deadlines: bool) -> None:
         """Let its process end what it runs, and end it; see `Process.stop`."""

@@ -14,6 +14,7 @@ from serveit.types import DEFAULT_METHOD
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from serveit.config import BackendConfig
     from serveit.declare.app import App
 
 
@@ -82,6 +83,29 @@ class Snapshot(msgspec.Struct, frozen=True):
     apps: tuple[AppInfo, ...]
 
 
+def backend_info(
+    name: str, config: BackendConfig, *, is_async: bool, replicas: Sequence[ReplicaInfo] = ()
+) -> BackendInfo:
+    """What routers are told of a backend.
+
+    Args:
+        name: of it.
+        config: its options.
+        is_async: whether it runs on the event loop.
+        replicas: the ready ones.
+    """
+    is_threaded = not is_async and config.max_batch_size is None
+    return BackendInfo(
+        name=name,
+        replicas=tuple(replicas),
+        max_ongoing_requests=config.ongoing_limit(is_async=is_async),
+        prefetch=config.prefetch,
+        max_queued_requests=config.max_queued_requests,
+        request_timeout_s=config.request_timeout_s,
+        num_threads=config.num_threads if is_threaded else None,
+    )
+
+
 def app_info(app: App, name: str, prefix: str, replicas: Mapping[str, Sequence[ReplicaInfo]]) -> AppInfo:
     """An app as its proxies and callers are told of it.
 
@@ -91,21 +115,15 @@ def app_info(app: App, name: str, prefix: str, replicas: Mapping[str, Sequence[R
         prefix: in front of all its paths; "" or "/like/this".
         replicas: the ready ones, by backend name.
     """
-    backends = []
-    for backend in app.backends.values():
-        config = backend.config
-        is_async = backend.is_async
-        backends.append(
-            BackendInfo(
-                name=backend.name,
-                replicas=tuple(replicas.get(backend.name, ())),
-                max_ongoing_requests=config.ongoing_limit(is_async=is_async),
-                prefetch=config.prefetch,
-                max_queued_requests=config.max_queued_requests,
-                request_timeout_s=config.request_timeout_s,
-                num_threads=config.num_threads if not is_async and config.max_batch_size is None else None,
-            )
+    backends = tuple(
+        backend_info(
+            backend.name,
+            backend.config,
+            is_async=not backend.is_loaded or backend.is_async,
+            replicas=replicas.get(backend.name, ()),
         )
+        for backend in app.backends.values()
+    )
     endpoints = [
         EndpointInfo(route.name, route.traffic.weights, route.traffic.shadows, route.target)
         for route in app.routes
@@ -121,4 +139,4 @@ def app_info(app: App, name: str, prefix: str, replicas: Mapping[str, Sequence[R
         )
         for route in app.routes
     ]
-    return AppInfo(name, tuple(backends), tuple(endpoints), tuple(routes))
+    return AppInfo(name, backends, tuple(endpoints), tuple(routes))

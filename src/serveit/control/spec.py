@@ -11,31 +11,82 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from serveit.config import did_you_mean
-from serveit.control.snapshot import AppInfo, BackendInfo, EndpointInfo, ReplicaInfo, RouteInfo, app_info
+from serveit.config import BackendConfig, did_you_mean
+from serveit.control.orders import Settings, encode
+from serveit.control.snapshot import AppInfo, EndpointInfo, RouteInfo, app_info, backend_info
+from serveit.declare.backend import no_reconfigure
+from serveit.declare.fitting import misfits
+from serveit.declare.traffic import parse_shares, parse_traffic
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from serveit.control.orders import BackendChange
+    from serveit.control.snapshot import BackendInfo, ReplicaInfo
     from serveit.declare.app import App
 
 
 class BackendSpec(msgspec.Struct, frozen=True):
     """One backend, as it is to be."""
 
-    info: BackendInfo
-    """What routers are told; its `replicas` are filled in when it is published."""
+    name: str
     num_replicas: int
-    drain_s: float
-    """What a drain waits for running requests."""
-    max_surge: int = 1
-    """Replicas beyond `num_replicas` that an update may start."""
-    ray_actor_options: dict[str, Any] = {}
-    """What its processes ask of the cluster."""
+    config: BackendConfig = BackendConfig()
+    """Its options, `plain`: but for `num_replicas`, which is here, and `user_config`, the user's own."""
+    user_config: bytes | None = None
+    """Pickled, if it was changed while it ran; None for what the code says."""
+    is_async: bool = True
+    takes_user_config: bool | None = None
+    """Whether it has a method `reconfigure`; None where only replicas know."""
+    since: int = 0
+    """The version of the app in which its replicas were last made anew; 0 for the one that this is of."""
 
     @property
-    def name(self) -> str:
-        return self.info.name
+    def drain_s(self) -> float:
+        """What a drain waits for running requests."""
+        return self.config.graceful_shutdown_timeout_s
+
+    @property
+    def max_surge(self) -> int:
+        """Replicas beyond `num_replicas` that an update may start."""
+        return self.config.max_surge
+
+    @property
+    def ray_actor_options(self) -> Mapping[str, Any]:
+        """What its processes ask of the cluster."""
+        return self.config.ray_actor_options or {}
+
+    @property
+    def settings(self) -> bytes:
+        """What its replicas are configured by: encoded `Settings`."""
+        # What does not concern a process is left out: it need not be told when that changes.
+        config = self.config.merge(max_surge=1, ray_actor_options=None)
+        return encode(Settings(config, self.user_config))
+
+    def published(self, replicas: Sequence[ReplicaInfo]) -> BackendInfo:
+        """What routers are told of it.
+
+        Args:
+            replicas: the ready ones.
+        """
+        return backend_info(self.name, self.config, is_async=self.is_async, replicas=replicas)
+
+    def changed(self, wanted: BackendChange) -> BackendSpec:
+        """The same with other options.
+
+        Raises:
+            TypeError: an unknown option, a value of the wrong type, or nothing to give a `user_config` to.
+            ValueError: a value is out of range, or does not go with another.
+        """
+        user_config = wanted.user_config
+        if user_config is None:
+            user_config = self.user_config
+        elif self.takes_user_config is False:
+            raise TypeError(no_reconfigure(self.name))
+        config = self.config.merge(**{"num_replicas": max(1, self.num_replicas), **wanted.options})
+        return msgspec.structs.replace(
+            self, num_replicas=config.num_replicas, config=plain(config), user_config=user_config
+        )
 
 
 class AppSpec(msgspec.Struct, frozen=True):
@@ -53,6 +104,8 @@ class AppSpec(msgspec.Struct, frozen=True):
     """Of this deploy: who asks again whether it has arrived asks for the same."""
     deploy_timeout_s: float = 60.0
     """How long one of its replicas may wait for its place in the cluster."""
+    misfits: dict[str, dict[str, str]] = {}
+    """By endpoint and backend, why the endpoint cannot lead there: see `declare/fitting`."""
 
     def find(self, name: str) -> BackendSpec | None:
         """A backend of it, if there is one of that name."""
@@ -108,39 +161,77 @@ class AppSpec(msgspec.Struct, frozen=True):
             for method in route.methods
         }
 
-    def scaled(self, name: str, num_replicas: int) -> AppSpec:
-        """The same with another number of replicas.
+    def with_backend(self, backend: BackendSpec) -> AppSpec:
+        """The same with this backend in the place of the one of its name."""
+        backends = tuple(backend if b.name == backend.name else b for b in self.backends)
+        return msgspec.structs.replace(self, backends=backends)
+
+    def changed(self, name: str, wanted: BackendChange) -> AppSpec:
+        """The same with other options of a backend.
 
         Raises:
             KeyError: no such backend.
-            ValueError: a negative number.
+            TypeError, ValueError: as `BackendSpec.changed`.
         """
-        if num_replicas < 0:
-            raise ValueError(f"num_replicas must not be negative, got {num_replicas}")
-        changed = msgspec.structs.replace(self.backend(name), num_replicas=num_replicas)
-        backends = tuple(changed if b.name == name else b for b in self.backends)
-        return msgspec.structs.replace(self, backends=backends)
+        changed = self.with_backend(self.backend(name).changed(wanted))
+        if wanted.deploy_timeout_s is None:
+            return changed
+        return msgspec.structs.replace(changed, deploy_timeout_s=wanted.deploy_timeout_s)
+
+    def as_next(self, number: int, name: str) -> AppSpec:
+        """The same as another version, in which all backends but one run on as they are.
+
+        Args:
+            number: of this version.
+            name: of the backend whose replicas are made anew.
+        """
+        backends = tuple(
+            msgspec.structs.replace(b, since=0 if b.name == name else b.since or number)
+            for b in self.backends
+        )
+        return msgspec.structs.replace(self, backends=backends, id="")
+
+    def endpoint(self, name: str) -> EndpointInfo:
+        """KeyError names the nearest, if there is none."""
+        for endpoint in self.endpoints:
+            if endpoint.name == name:
+                return endpoint
+        known = [endpoint.name for endpoint in self.endpoints]
+        raise KeyError(f"app {self.name!r} has no endpoint {name!r}: {did_you_mean(str(name), known)}")
 
     def rerouted(
-        self,
-        name: str,
-        weights: Sequence[tuple[str, float]],
-        shadows: Sequence[tuple[str, float]],
+        self, name: str, weights: Mapping[str, float] | None, shadows: Mapping[str, float]
     ) -> AppSpec:
         """The same with other traffic at an endpoint.
 
+        Two who change it at once do not undo each other: each says what changes.
+
+        Args:
+            name: of the endpoint.
+            weights: all of them; None to leave them.
+            shadows: those that change; 0 ends one.
+
         Raises:
-            KeyError: no such endpoint, or no such backend.
+            KeyError: no such endpoint.
+            TypeError: what is given is no numbers by backend.
+            ValueError: no such backend, or it does not fit the endpoint's route; numbers out of range, or
+                weights that do not sum to 1.
         """
-        known = [endpoint.name for endpoint in self.endpoints]
-        if name not in known:
-            raise KeyError(f"app {self.name!r} has no endpoint {name!r}: {did_you_mean(name, known)}")
-        for backend, _ in (*weights, *shadows):
-            self.backend(backend)
-        changes = {"weights": tuple(map(tuple, weights)), "shadows": tuple(map(tuple, shadows))}
-        endpoints = tuple(
-            msgspec.structs.replace(e, **changes) if e.name == name else e for e in self.endpoints
+        found = self.endpoint(name)
+        known = [backend.name for backend in self.backends]
+        where = f"endpoint {name!r}"
+        given = parse_shares(shadows, "shadow", known, where)
+        table = parse_traffic(
+            dict(found.weights) if weights is None else weights,
+            {**dict(found.shadows), **dict(given)},
+            known,
+            where,
         )
+        for backend in sorted({*dict(table.weights), *dict(table.shadows)}):
+            if why := self.misfits.get(name, {}).get(backend):
+                raise ValueError(why)
+        changed = msgspec.structs.replace(found, weights=table.weights, shadows=table.shadows)
+        endpoints = tuple(changed if endpoint is found else endpoint for endpoint in self.endpoints)
         return msgspec.structs.replace(self, endpoints=endpoints)
 
     def published(self, replicas: Mapping[str, Sequence[ReplicaInfo]]) -> AppInfo:
@@ -149,10 +240,13 @@ class AppSpec(msgspec.Struct, frozen=True):
         Args:
             replicas: the ready ones, by backend.
         """
-        backends = tuple(
-            msgspec.structs.replace(b.info, replicas=tuple(replicas.get(b.name, ()))) for b in self.backends
-        )
+        backends = tuple(b.published(replicas.get(b.name, ())) for b in self.backends)
         return AppInfo(self.name, backends, self.endpoints, self.routes)
+
+
+def plain(config: BackendConfig) -> BackendConfig:
+    """A configuration without what a `BackendSpec` has besides."""
+    return config.merge(num_replicas=1, user_config=None)
 
 
 def check_app_name(name: str) -> None:
@@ -176,25 +270,24 @@ def app_spec(
     """
     check_app_name(name)
     info = app_info(app, name, prefix, {})
-    backends = []
-    for backend in info.backends:
-        config = app.backends[backend.name].config
-        backends.append(
-            BackendSpec(
-                backend,
-                config.num_replicas,
-                config.graceful_shutdown_timeout_s,
-                config.max_surge,
-                dict(config.ray_actor_options or {}),
-            )
+    backends = tuple(
+        BackendSpec(
+            record.name,
+            record.config.num_replicas,
+            plain(record.config),
+            is_async=not record.is_loaded or record.is_async,
+            takes_user_config=record.takes_user_config,
         )
+        for record in app.backends.values()
+    )
     return AppSpec(
         name,
-        tuple(backends),
+        backends,
         info.endpoints,
         info.routes,
         code,
         owner=owner,
         id=secrets.token_hex(8),
         deploy_timeout_s=deploy_timeout_s,
+        misfits=misfits(app),
     )

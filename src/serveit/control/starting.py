@@ -77,9 +77,10 @@ class Starter:
             secret=around.secret,
             over_tcp=around.over_tcp,
             log_level=around.log_level,
-            actor=str(ActorName(spec.name, replica.id, replica.version.number, around.token)),
+            actor=str(ActorName(spec.name, replica.id, replica.origin, around.token)),
             actor_options=backend.ray_actor_options,
-            max_ongoing=backend.info.max_ongoing_requests,
+            settings=backend.settings,
+            max_ongoing=backend.config.ongoing_limit(is_async=backend.is_async),
         )
 
     async def _placed(self, app: RunningApp, replica: Replica, order: ReplicaOrder) -> str | None:

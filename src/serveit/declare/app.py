@@ -16,7 +16,7 @@ from serveit.declare.backend import (
     make_backend,
     registered_already,
 )
-from serveit.declare.binding import plan_binding
+from serveit.declare.fitting import check_fit
 from serveit.declare.route import Route, check_methods, endpoint_name, refuse_equal
 from serveit.declare.routing import compile_pattern
 from serveit.declare.target import check_kind, choose_name, describe
@@ -302,22 +302,9 @@ class App:
         self, backend: str, method_name: str, pattern: Pattern, methods: tuple[str, ...], where: str
     ) -> None:
         record = self.backends[backend]
-        if isinstance(record.target, str):
-            return  # decided once a replica has imported it
-        try:
-            method = record.method(method_name)
-        except AttributeError as error:
-            raise TypeError(f"{where}: {error}") from None
         if getattr(record.target, "__name__", None) != backend:
             where = f"{where}, backend {backend!r}"
-        plan_binding(
-            method.function,
-            pattern=pattern,
-            methods=methods,
-            batch=method.is_batch,
-            drop_first=method.of_class,
-            where=where,
-        )
+        check_fit(record, method_name, pattern, methods, where)
 
     # -- looking things up -------------------------------------------------------------------
 

@@ -105,6 +105,11 @@ class BackendRecord:
         return self._loaded
 
     @property
+    def is_loaded(self) -> bool:
+        """Whether it is known what it is; of an import string only replicas need to know."""
+        return self._loaded is not None
+
+    @property
     def is_async(self) -> bool:
         """Whether its `__call__` runs on the event loop rather than in a thread.
 
@@ -116,6 +121,19 @@ class BackendRecord:
             known = method_names(target)
             names = [DEFAULT_METHOD] if DEFAULT_METHOD in known else known
         return bool(names) and all(self.method(name).is_async for name in names)
+
+    @property
+    def takes_user_config(self) -> bool | None:
+        """Whether there is a `reconfigure` to hand it to; None for what is imported by replicas only."""
+        return None if self._loaded is None else _reconfigures(self._loaded)
+
+    def configured(self, config: BackendConfig) -> BackendRecord:
+        """The same backend with another configuration.
+
+        Raises:
+            TypeError, ValueError: its function or class does not fit that.
+        """
+        return BackendRecord(self.app, self.target, self.name, config, self.init_args, self.init_kwargs)
 
     def method(self, name: str = DEFAULT_METHOD) -> Method:
         """One of the backend's callables.
@@ -291,14 +309,23 @@ def check_target(record: BackendRecord, target: Any) -> None:
             raise TypeError(_no_arguments(where, target))
         if config.batch_methods != (DEFAULT_METHOD,):
             raise ValueError(f"{where}: batch_methods are for classes; {describe(target)} is a function")
-    if config.user_config is not None and not callable(getattr(target, "reconfigure", None)):
-        raise TypeError(
-            f"{where}: user_config needs a class with a method `reconfigure(self, user_config)`; "
-            f"{describe(target)} has none"
-        )
+    if config.user_config is not None and not _reconfigures(target):
+        raise TypeError(no_reconfigure(record.name))
     if config.max_batch_size is not None:
         for name in config.batch_methods:
             check_batch(_batch_method(target, name, record), where)
+
+
+def no_reconfigure(name: str) -> str:
+    """What to say to a `user_config` for a backend that takes none."""
+    return (
+        f"backend {name!r} takes no user_config: it needs a class with a method "
+        "`reconfigure(self, user_config)`"
+    )
+
+
+def _reconfigures(target: Any) -> bool:
+    return inspect.isclass(target) and callable(getattr(target, "reconfigure", None))
 
 
 def registered_already(backend: BackendRecord, app: App) -> TypeError:

@@ -37,6 +37,12 @@ class BackendOptions(TypedDict, total=False):
     ray_actor_options: Mapping[str, Any] | None
 
 
+class BackendChanges(BackendOptions, total=False):
+    """All fields of `BackendConfig`."""
+
+    max_batch_size: int | None
+
+
 class BackendDecorator(Protocol):
     """What `@app.backend(...)` is without `max_batch_size`."""
 

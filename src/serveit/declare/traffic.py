@@ -54,7 +54,7 @@ def parse_traffic(
         TypeError: not a mapping, or a number in it is none (bools and strings are not).
         ValueError: an unknown backend, a number out of range, or weights that do not sum to 1.
     """
-    shares = _parse_shares(weights, "weight", known, where)
+    shares = parse_shares(weights, "weight", known, where)
     if not shares:
         raise ValueError(
             f"{where}: no backend in the traffic: give weights that sum to 1, as {{'name': 1.0}}"
@@ -65,7 +65,7 @@ def parse_traffic(
             f"{where}: the weights must sum to 1, got {total:.10g} "
             f"({' + '.join(f'{share:.10g} for {name!r}' for name, share in shares)})"
         )
-    copies = _parse_shares({} if shadows is None else shadows, "shadow", known, where)
+    copies = parse_shares({} if shadows is None else shadows, "shadow", known, where)
     for name, probability in copies:
         if probability > 1:
             raise ValueError(
@@ -75,9 +75,21 @@ def parse_traffic(
     return Traffic(shares, tuple(entry for entry in copies if entry[1] > 0))
 
 
-def _parse_shares(
+def parse_shares(
     shares: Mapping[str, float], what: str, known: Collection[str], where: str
 ) -> tuple[tuple[str, float], ...]:
+    """Numbers by backend, sorted by name, those of 0 included.
+
+    Args:
+        shares: what the user gave.
+        what: they are: "weight" or "shadow".
+        known: names of the backends that there are.
+        where: what errors start with.
+
+    Raises:
+        TypeError: not a mapping, or a number in it is none.
+        ValueError: an unknown backend, or a negative number or one that is not finite.
+    """
     if not isinstance(shares, Mapping):
         raise TypeError(f"{where}: {what}s must be a dict of numbers by backend, got {shares!r}")
     parsed = []
@@ -127,7 +139,9 @@ def choose_sticky(traffic: Traffic, key: str) -> str:
     scores -weight / ln(h), and the highest score wins. Nothing is remembered, so every process and
     every restart agrees. A change of weights moves few more keys than it must: 50/50 to 60/40 moves
     a tenth of the keys, all of them to the grown backend; a new backend takes keys from the others
-    in proportion and moves none between these.
+    in proportion and moves none between these. Where weights p become q, so that a share d of the keys
+    has to move, at most 2d / (1 + d) do: a key stays at i with a probability of at least
+    min(p_i, q_i) / Σ max(p_j, q_j).
 
     Sources: D. Thaler, C. Ravishankar, "Using name-based mappings to increase hit rates", IEEE/ACM
     Transactions on Networking 6(1), 1998 (rendezvous hashing); C. Schindelhauer, G. Schomaker,

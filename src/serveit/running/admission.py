@@ -37,6 +37,14 @@ class Admission:
     def __repr__(self) -> str:
         return f"<Admission running={len(self.running)}/{self.limit} waiting={len(self.waiting)}>"
 
+    def adjust(self, limit: int, prefetch: int) -> None:
+        """Another number of slots, and of places in the waiting room for each caller. What runs beyond it
+        may end."""
+        self.limit, self._prefetch = limit, prefetch
+        self._fill()
+        if self.notices.lanes:
+            self.notices.schedule()
+
     def admit(self, job: Job) -> None:
         """Run the job, let it wait, or refuse it; decided at once."""
         replica = self._replica

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from serveit.running.batching import Batcher, batch_outcomes, failed_outcomes
 from serveit.running.job import BatchRun, Job, JobState, latest_deadline
@@ -15,8 +15,15 @@ from serveit.running.job import BatchRun, Job, JobState, latest_deadline
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from serveit.config import BackendConfig
     from serveit.declare.backend import Method
     from serveit.running.replica import Replica
+
+
+class _Gathering(TypedDict):
+    max_size: int
+    wait_s: float
+    max_concurrent: int
 
 
 class Batches:
@@ -47,13 +54,15 @@ class Batches:
         for batcher in self._batchers.values():
             batcher.hurry()
 
+    def adjust(self, config: BackendConfig) -> None:
+        """Gather by other options from here on."""
+        for batcher in self._batchers.values():
+            batcher.adjust(**_gathering(config))
+
     def _batcher(self, method: Method, function: Callable[..., Any]) -> Batcher[Job]:
-        config = self._replica.config
         return Batcher(
             partial(self._run, method, function),
-            max_size=config.max_batch_size or 1,
-            wait_s=config.batch_wait_timeout_s,
-            max_concurrent=config.max_concurrent_batches,
+            **_gathering(self._replica.config),
             clock=self._replica.clock,
             wanted=self._still_wanted,
             context=self._replica.variables,
@@ -104,3 +113,11 @@ class Batches:
             replica.end(job, error)
         replica.observer.finished(replica.backend.name, replica.id, ran_s, error)
         replica.check_exit(escaped)
+
+
+def _gathering(config: BackendConfig) -> _Gathering:
+    return {
+        "max_size": config.max_batch_size or 1,
+        "wait_s": config.batch_wait_timeout_s,
+        "max_concurrent": config.max_concurrent_batches,
+    }

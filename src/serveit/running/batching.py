@@ -70,6 +70,7 @@ class Batcher(Generic[E]):
         self._running: set[asyncio.Task[None]] = set()
         self._timer: Timer | None = None
         self._scheduled = False
+        self._is_hurried = False
 
     def __repr__(self) -> str:
         running = f"running={len(self._running)}/{self.max_concurrent}"
@@ -95,8 +96,9 @@ class Batcher(Generic[E]):
         self._schedule()
 
     def hurry(self) -> None:
-        """Wait for no more items: nobody will send any."""
-        self.adjust(max_size=self.max_size, wait_s=0.0, max_concurrent=self.max_concurrent)
+        """Wait for no more items, whatever the options say: nobody will send any."""
+        self._is_hurried = True
+        self._schedule()
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
@@ -112,7 +114,8 @@ class Batcher(Generic[E]):
         self._scheduled = False
         self._stop_timer()
         while self._queue and len(self._running) < self.max_concurrent:
-            missing_s = self._queue[0][1] + self.wait_s - self._clock.time()
+            wait_s = 0.0 if self._is_hurried else self.wait_s
+            missing_s = self._queue[0][1] + wait_s - self._clock.time()
             if len(self._queue) < self.max_size and missing_s > 0:
                 self._timer = self._clock.call_later(missing_s, self._form)
                 return

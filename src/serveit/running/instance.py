@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from serveit.declare.backend import no_reconfigure
 from serveit.types import DEFAULT_METHOD
 
 if TYPE_CHECKING:
@@ -73,10 +74,7 @@ class Instance:
         """
         reconfigure = getattr(self._object, "reconfigure", None)
         if reconfigure is None:
-            raise TypeError(
-                f"backend {self.backend.name!r} takes no user_config: "
-                "it needs a class with a method `reconfigure(self, user_config)`"
-            )
+            raise TypeError(no_reconfigure(self.backend.name))
         await self._run("reconfigure()", partial(reconfigure, user_config))
 
     async def check_health(self) -> None:

@@ -130,9 +130,19 @@ class Replica:
         self.admission.limit = self.config.ongoing_limit(is_async=self.backend.is_async)
         self.observer.replica_event(self.backend.name, self.id, "started")
 
-    async def reconfigure(self, user_config: Any) -> None:
-        """Hand a new `user_config` to the user's object. Raises what its `reconfigure` raises."""
-        await self._spawn(self.instance.reconfigure(user_config))
+    async def configure(self, config: BackendConfig, *, reconfigure: bool) -> None:
+        """Take in other options while it serves: any but those that need another replica.
+
+        Args:
+            config: all of them.
+            reconfigure: whether the user's object is handed its `user_config`. What that raises is raised,
+                and the other options stay as they were.
+        """
+        if reconfigure:
+            await self._spawn(self.instance.reconfigure(config.user_config))
+        self.config = config
+        self.admission.adjust(config.ongoing_limit(is_async=self.backend.is_async), config.prefetch)
+        self._batches.adjust(config)
 
     async def check_health(self) -> None:
         """Raises what the user's `check_health`, if there is one, raises: unhealthy."""

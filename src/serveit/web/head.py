@@ -78,7 +78,8 @@ class Head:
         self.expects_continue = b"expect" in wanted
         shard_key = wanted.get(b"x-serve-shard-key")
         if shard_key is not None:
-            self.shard_key = shard_key.decode("latin-1")
+            # As handles have it, so that both go the same way; what is no UTF-8 is a key as well.
+            self.shard_key = shard_key.decode("utf-8", "surrogateescape")
         length = wanted.get(b"content-length")
         if length is not None and length.isdigit() and len(length) <= MAX_DIGITS:
             self.content_length = int(length)
