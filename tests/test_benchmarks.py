@@ -14,6 +14,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
+RESULTS = ["http_noop", "handle_call", "ray_calls", "handle_kinds", "startup", "reload", "memory"]
+"""Those whose tables the README shows."""
 
 FAKE_WRK = """
 import sys
@@ -87,6 +89,19 @@ def test_ray_calls_compares_three_ways() -> None:
     ratios = [f"**{way} / plain**" for way in ways[1:]]
     assert [row[1] for row in rows] == [*ways, *ratios] * 2
     assert all(figure(row[2]) > 0 for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_handle_kinds_compares_two_kinds_in_each_way() -> None:
+    finished = run("handle_kinds.py", "--rounds", "1", "--calls", "200")
+    assert finished.returncode == 0, finished.stderr
+    _, _, *rows = table_rows(finished.stdout)
+    assert [row[:2] for row in rows] == [
+        [function, way] for function in ("`async def`", "`def`") for way in ("call", "map", "remote")
+    ]
+    for _, _, async_rate, blocking_rate, ratio in rows:
+        assert figure(ratio) == pytest.approx(figure(async_rate) / figure(blocking_rate), abs=0.02)
 
 
 @pytest.mark.slow
@@ -171,7 +186,7 @@ def test_http_noop_says_what_is_missing(tmp_path: Path) -> None:
     assert "apt-get install wrk" in finished.stderr
 
 
-@pytest.mark.parametrize("name", ["http_noop", "handle_call", "ray_calls", "startup", "reload", "memory"])
+@pytest.mark.parametrize("name", RESULTS)
 def test_readme_shows_the_newest_results(name: str) -> None:
     readme = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
     assert newest(name).name in readme

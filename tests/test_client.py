@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -67,7 +68,8 @@ async def test_serving_from_a_loop(http: Any) -> None:
     async with serve(make_app(), local=True, http=http) as client:
         assert isinstance(client, Client) and client.url is not None
         assert await asyncio.to_thread(fetch, f"{client.url}/double/4") == b"8"
-        assert await client.get_handle("double").call(4) == 8
+        handle = client.get_handle("double")
+        assert await handle.call(4) == 8
         assert await client.get_handle("/double/<value:int>").call(4) == 8
         blocking = client.get_handle("double", sync=True)
         assert isinstance(blocking, SyncHandle) and await asyncio.to_thread(blocking.call, 4) == 8
@@ -75,7 +77,7 @@ async def test_serving_from_a_loop(http: Any) -> None:
         with pytest.raises(KeyError, match="no backend or endpoint 'duoble': did you mean 'double'?"):
             client.get_handle("duoble")
     with pytest.raises(NotServing, match="'double' has been shut down"):
-        await client.get_handle("double").call(4)
+        await handle.call(4)
 
 
 async def test_status() -> None:
@@ -97,6 +99,44 @@ async def test_status() -> None:
         assert (await client.status())["backends"]["slow"]["slow#1"]["running"] == 1
         assert await call == "slept"
     assert client.url is None and repr(client) == "<Client without HTTP>"
+
+
+async def test_clients_stay_where_they_are() -> None:
+    async with serve(make_app(), local=True, http={"location": None}) as client:
+        with pytest.raises(
+            TypeError, match=r"a Client cannot be pickled.* client.get_handle\(...\), or call"
+        ):
+            pickle.dumps(client)
+
+
+async def test_a_client_that_has_been_left_says_so() -> None:
+    async with serve(make_app(), local=True, http={"port": 0}) as client:
+        url = client.url
+    said = r"this client has been shut down, with the serve\(...\) that it came from: enter serveit.serve"
+    for ask in (client.status, client.routes, client.delete, lambda: client.deploy(make_app())):
+        with pytest.raises(NotServing, match=said):
+            await ask()
+    with pytest.raises(NotServing, match=said):
+        client.get_handle("double")
+    assert client.url == url, "where it was"
+
+
+def test_a_blocking_client_that_has_been_left_says_so() -> None:
+    with serve(make_app(), local=True, http={"location": None}) as client:
+        pass
+    for ask in (client.status, client.routes, client.delete, lambda: client.get_handle("double")):
+        with pytest.raises(NotServing, match="this client has been shut down"):
+            ask()
+
+
+async def test_how_long_a_deploy_may_wait() -> None:
+    with pytest.raises(ValueError, match="deploy_timeout_s must be ≥ 0 and finite, got -1"):
+        serve(make_app(), deploy_timeout_s=-1)
+    async with serve(make_app(), local=True, http={"location": None}) as client:
+        with pytest.raises(TypeError, match="deploy_timeout_s must be a number of seconds, got '9'"):
+            await client.deploy(make_app(), deploy_timeout_s="9")  # type: ignore[arg-type]
+        with pytest.raises(NotServing, match="without Ray a process serves one app"):
+            await client.deploy(make_app(), deploy_timeout_s=9)
 
 
 async def test_a_prefix_and_a_socket_of_one_s_own() -> None:
@@ -145,6 +185,8 @@ def test_what_is_refused() -> None:
 
 def test_serving_without_a_loop() -> None:
     with serve(make_app(), local=True, http={"port": 0}) as client:
+        with pytest.raises(TypeError, match="a SyncClient cannot be pickled"):
+            pickle.dumps(client)
         assert isinstance(client, SyncClient) and repr(client) == f"<SyncClient {client.url}>"
         assert client.get_handle("double").call(4) == 8
         assert fetch(f"{client.url}/double/5") == b"10"

@@ -12,7 +12,7 @@ from serveit.calling.directory import Directory
 from serveit.calling.exchange import Exchange, Phase
 from serveit.clock import DeadlineWheel
 from serveit.control.snapshot import AppInfo, BackendInfo, EndpointInfo, ReplicaInfo
-from serveit.exceptions import Draining, NotServing, ReplicaDied
+from serveit.exceptions import Draining, NotServing, QueueFull, ReplicaDied
 from serveit.observe import NullObserver
 from serveit.testing import ManualClock
 from serveit.wire.frames import MAX_FRAME, FrameType
@@ -109,6 +109,42 @@ async def test_names_that_are_expected_are_known_and_cannot_be_called(rig: Rig) 
     rig.directory.check("user")
     with pytest.raises(KeyError, match="there is 'user'"):
         rig.directory.check("/buy")
+
+
+async def test_a_name_that_is_missing_can_be_waited_for(rig: Rig) -> None:
+    await rig.update("user")
+    await rig.directory.wait_for("user")
+    waiting = [asyncio.ensure_future(rig.directory.wait_for("later")) for _ in range(3)]
+    await rig.update("user", "other")
+    await asyncio.sleep(0)
+    assert not any(each.done() for each in waiting)
+    waiting[0].cancel()
+    await rig.update("user", "later")
+    await asyncio.gather(*waiting[1:])
+    assert rig.directory.has("later") and not rig.directory.has("other")
+
+
+async def test_so_many_wait_for_names_and_no_more(rig: Rig) -> None:
+    waiting = [asyncio.ensure_future(rig.directory.wait_for(f"later {number}")) for number in range(10)]
+    await asyncio.sleep(0)
+    with pytest.raises(QueueFull, match="10 calls wait already for backends and endpoints"):
+        await rig.directory.wait_for("another")
+    waiting[0].cancel()
+    await asyncio.wait(waiting[:1])
+    waiting[0] = asyncio.ensure_future(rig.directory.wait_for("another"))
+    await asyncio.sleep(0)
+    rig.directory.close()
+    for each in waiting:
+        with pytest.raises(NotServing, match="app 'shop' was ended while a call waited"):
+            await each
+
+
+async def test_a_drain_ends_the_wait_for_names(rig: Rig) -> None:
+    waiting = asyncio.ensure_future(rig.directory.wait_for("later"))
+    await asyncio.sleep(0)
+    rig.directory.drain()
+    with pytest.raises(Draining, match="'later' will not come any more"):
+        await waiting
 
 
 async def test_a_name_is_known_once_its_backend_is_connected(rig: Rig) -> None:

@@ -209,8 +209,8 @@ async def test_methods_are_reached_by_name() -> None:
             await model.explane.call(2)
         with pytest.raises(AttributeError, match="'Handle' object has no attribute '_repr_html_'"):
             model._repr_html_  # noqa: B018
-        assert repr(model.explain) == "<Handle (async) default/Model.explain>"
-        assert repr(model) == "<Handle (async) default/Model>"
+        assert repr(model.explain) == "<Handle default/Model.explain>"
+        assert repr(model) == "<Handle default/Model>"
 
 
 async def test_an_unknown_name_is_refused_with_the_nearest() -> None:
@@ -404,6 +404,7 @@ async def test_cancelling_in_the_middle_of_a_large_answer(faked: Faked) -> None:
         ({"timeout_s": True}, TypeError, "got True"),
         ({"method_name": 5}, TypeError, "method_name must be a str or None, got 5"),
         ({"shard_key": b"x"}, TypeError, "shard_key must be a str or None, got b'x'"),
+        ({"missing_ok": 1}, TypeError, "missing_ok must be True or False, got 1"),
         ({"timeout": 5}, TypeError, "a handle has no option 'timeout': did you mean 'timeout_s'"),
     ],
 )
@@ -844,6 +845,75 @@ async def test_a_failed_object_ref_is_raised_as_it_is(faked: Faked, timeout_s: f
     await faked.connect()
     with pytest.raises(LookupError, match="its task failed"):
         await faked.handle.options(timeout_s=timeout_s).remote("ref:broken")
+
+
+# -- names that come and go ------------------------------------------------------------------
+
+
+def missing(client: LocalClient, **options: Any) -> Handle[..., Any]:
+    return client.get_handle("later", missing_ok=True).options(**options)
+
+
+async def test_a_missing_name_is_waited_for_until_the_deadline() -> None:
+    async with served() as client:
+        uses = [missing(client, timeout_s=5).call(1), collect(missing(client, timeout_s=5).stream(1))]
+        waiting = [asyncio.ensure_future(use) for use in uses]
+        await client.clock.advance(4.9)
+        assert not any(each.done() for each in waiting)
+        await client.clock.advance(0.2)
+        for each in waiting:
+            text = r"\(until its deadline\), but app 'default' has no backend or endpoint 'later': "
+            with pytest.raises(DeadlineExceeded, match=text) as caught:
+                await each
+            assert caught.value.executed == "no"
+
+
+async def test_without_a_deadline_it_is_waited_for_for_a_minute() -> None:
+    async with served() as client:
+        waiting = asyncio.ensure_future(missing(client).call(1))
+        await client.clock.advance(59)
+        assert not waiting.done()
+        await client.clock.advance(2)
+        with pytest.raises(DeadlineExceeded, match=r"without a deadline 60 s\), but app 'default' has no"):
+            await waiting
+
+
+async def test_what_was_missing_is_called_once_it_is_there(faked: Faked) -> None:
+    faked.gateway.tasks = FakeTasks()
+    handle: Handle[..., Any] = Handle(faked.gateway, "model", HandleOptions(missing_ok=True))
+    call, remote = asyncio.ensure_future(handle.call(1)), asyncio.ensure_future(handle.remote(2))
+    mapped = asyncio.ensure_future(anext(handle.map([3])))
+    await faked.clock.settle()
+    assert not call.done() and not remote.done()
+    replica = await faked.connect()
+    await wait_until(lambda: len(replica.sent(FrameType.CALL)) == 2, 5, "the calls")
+    bodies = [load(decode_message(Call, frame).sizes, frame.body) for frame in replica.sent(FrameType.CALL)]
+    assert sorted(bodies) == [((1,), {}), ((3,), {})]
+    await heard(replica, FrameType.RESERVE)
+    for each in (call, remote, mapped):
+        each.cancel()
+    await asyncio.wait((call, remote, mapped))
+
+
+async def test_what_is_gone_is_missed_and_waited_for_by_who_may(faked: Faked) -> None:
+    replica = await faked.connect()
+    patient = faked.handle.options(missing_ok=True, timeout_s=1)
+    await faked.directory.update(AppInfo("shop", (), (), ()))
+    with pytest.raises(KeyError, match="has no backend or endpoint 'model'"):
+        await faked.handle.call(1)
+    waiting = asyncio.ensure_future(patient.call(1))
+    await faked.clock.advance(1.1)
+    with pytest.raises(DeadlineExceeded):
+        await waiting
+    assert replica.sent(FrameType.CALL) == []
+
+
+async def test_a_repr_names_the_kind_and_what_was_set() -> None:
+    async with served() as client:
+        model = client.get_handle("Model").options(timeout_s=5, shard_key="k").explain
+        assert repr(model) == "<Handle default/Model.explain shard_key='k' timeout_s=5>"
+        assert repr(model.sync) == "<SyncHandle default/Model.explain shard_key='k' timeout_s=5>"
+        assert repr(missing(client)) == "<Handle default/later missing_ok=True>"
 
 
 async def test_a_handle_does_not_pickle() -> None:

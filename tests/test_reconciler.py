@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from serveit.control.orders import Deployed, DeployFailed, Deploying, ReplicaOrder, StartFailed
 from serveit.control.outcomes import MAX_OUTCOMES
+from serveit.control.processes import NoPlace
 from serveit.control.reconciler import MAX_SILENT_DEATHS
 from serveit.control.snapshot import EndpointInfo
 from tests.stage import (
@@ -185,6 +186,19 @@ class TestPlaces:
             "cluster more, ask for less, or wait longer (deploy_timeout_s, --deploy-timeout)"
         )
         assert not stage.launcher.of("")
+
+    async def test_one_that_can_never_have_a_place_fails_the_deploy_at_once(self, stage: Stage) -> None:
+        stage.launcher.eager = False
+        deployed = await stage.deploying(spec(b=1))
+        await stage.clock.settle()
+        stage.launcher.made[0].here.set_exception(
+            NoPlace("its runtime_env cannot be set up: no such package")
+        )
+        await stage.clock.settle()
+        assert deployed.result().text == (
+            "replica b#1 cannot start: its runtime_env cannot be set up: no such package"
+        )
+        assert not stage.launcher.of("") and stage.controller.is_empty
 
     async def test_it_is_said_meanwhile_what_the_cluster_lacks(self, stage: Stage) -> None:
         stage.launcher.eager = False

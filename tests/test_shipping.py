@@ -397,6 +397,29 @@ def test_a_package_of_the_same_name(driver: Driver, tmp_path: Path) -> None:
     del sys.modules["pack"]
 
 
+def test_what_an_environment_brings_comes_first(
+    driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the working directory stays, if that is among it."""
+    app = driver.module("hello_app", HELLO).app
+    driver.write("shared.py", "WORD = 'driver'")
+    shipment = pack(app)
+    driver.forget()
+    brought = tmp_path / "brought"
+    brought.mkdir()
+    (brought / "shared.py").write_text("WORD = 'brought'")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(brought), str(driver.folder), "", "/not/here"]))
+    for environment, first, cwd in (
+        ({"py_modules": ["gcs://a.zip"]}, brought, driver.folder),
+        ({"working_dir": "gcs://a.zip"}, brought, brought),
+        ({"env_vars": {"A": "b"}}, driver.folder, driver.folder),
+    ):
+        os.chdir(brought)
+        unpack(over_the_wire(shipment), environment)
+        assert (sys.path[0], os.getcwd()) == (str(first), str(cwd))
+        sys.path[:] = [entry for entry in sys.path if entry != str(brought)]
+
+
 # -- by value ------------------------------------------------------------------------------------
 
 

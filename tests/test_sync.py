@@ -136,7 +136,7 @@ def test_options_and_methods(client: SyncClient) -> None:
     assert model.call(1) == 1
     assert model.explain.call(2) == "2!"
     assert model.options(method_name="explain").call(3) == "3!"
-    assert repr(model.explain) == "<Handle (sync) default/Model.explain>"
+    assert repr(model.explain) == "<SyncHandle default/Model.explain>"
     with pytest.raises(AttributeError, match="'SyncHandle' object has no attribute '_x'"):
         model._x  # noqa: B018
     with pytest.raises(TypeError, match="cannot be pickled"):
@@ -284,7 +284,7 @@ def test_after_the_end_it_says_so(app: App) -> None:
         assert next(stream) == 0
     for attempt in (lambda: handle.call(1), lambda: handle.stream(1), lambda: handle.map([1])):
         with pytest.raises(
-            NotServing, match=r"<Handle \(sync\) default/double>: app 'default' has been shut down"
+            NotServing, match=r"<SyncHandle default/double>: app 'default' has been shut down"
         ):
             attempt()
     stream.close()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol, Unpack, overload
 
 from serveit.config import BackendConfig, check_options, check_seconds
 from serveit.control.orders import BackendChange
 from serveit.control.spec import check_app_name
 from serveit.declare.app import App
 from serveit.declare.traffic import parse_traffic
+from serveit.exceptions import NotServing
 from serveit.wire.pickles import dump
 
 if TYPE_CHECKING:
@@ -50,9 +51,25 @@ class Runtime(AppControl, Protocol):
     @property
     def url(self) -> str | None: ...
 
-    def get_handle(self, name: str, *, sync: bool = False) -> Any: ...
+    def get_handle(self, name: str, *, sync: bool = False, missing_ok: bool = False) -> Any: ...
 
-    async def deploy(self, app: App, *, name: str, prefix: str, wait: bool) -> None: ...
+    async def deploy(
+        self, app: App, *, name: str, prefix: str, wait: bool, deploy_timeout_s: float
+    ) -> None: ...
+
+
+class Ended:
+    """In the place of what a client has left: whatever is asked of it, it says so. Where it was is a fact."""
+
+    def __init__(self, what: str, url: str | None) -> None:
+        self._what = what
+        self.url = url
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise NotServing(
+            f"this client has been shut down, with the {self._what}(...) that it came from: enter "
+            f"serveit.{self._what}(...) again for another"
+        )
 
 
 class AppClient:
@@ -162,28 +179,58 @@ class Client(AppClient):
     def __repr__(self) -> str:
         return f"<Client {self.url or 'without HTTP'}>"
 
+    def __reduce__(self) -> NoReturn:
+        raise _stays_here(self)
+
+    def end(self, what: str) -> None:
+        """Nothing can be asked any more. For `Serving`, when it is left.
+
+        Args:
+            what: "serve" or "connect".
+        """
+        ended: Any = Ended(what, self.url)
+        self._app = self._runtime = ended
+
+    def check_open(self) -> None:
+        """Raises NotServing once it has been left."""
+        _ = self._runtime.status
+
     @property
     def url(self) -> str | None:
         """Where the app answers HTTP: "http://127.0.0.1:8000"; None without a server."""
         return self._runtime.url
 
     @overload
-    def get_handle(self, name: str, *, sync: Literal[False] = False) -> Handle[..., Any]: ...
+    def get_handle(
+        self, name: str, *, sync: Literal[False] = False, missing_ok: bool = False
+    ) -> Handle[..., Any]: ...
     @overload
-    def get_handle(self, name: str, *, sync: Literal[True]) -> SyncHandle[..., Any]: ...
-    def get_handle(self, name: str, *, sync: bool = False) -> Any:
+    def get_handle(
+        self, name: str, *, sync: Literal[True], missing_ok: bool = False
+    ) -> SyncHandle[..., Any]: ...
+    def get_handle(self, name: str, *, sync: bool = False, missing_ok: bool = False) -> Any:
         """A handle on a backend (by its name) or an endpoint (by its route's name).
 
         Args:
             name: a backend's calls it; an endpoint's chooses by its traffic on each call.
             sync: the blocking handle, for threads without an event loop.
+            missing_ok: give a handle also where there is none of that name yet. Its calls wait until a
+                deploy brings it: until their deadline, or 60 s without one.
 
         Raises:
             KeyError: there is none; the text suggests or lists the known names.
         """
-        return self._runtime.get_handle(name, sync=sync)
+        return self._runtime.get_handle(name, sync=sync, missing_ok=missing_ok)
 
-    async def deploy(self, app: App, *, name: str = "default", prefix: str = "", wait: bool = True) -> None:
+    async def deploy(
+        self,
+        app: App,
+        *,
+        name: str = "default",
+        prefix: str = "",
+        wait: bool = True,
+        deploy_timeout_s: float = 60.0,
+    ) -> None:
         """Serve another app in the same instance, or the next version of one. It stays until deleted.
 
         Args:
@@ -191,13 +238,18 @@ class Client(AppClient):
             name: of the app in the instance.
             prefix: in front of all its paths.
             wait: False to return when it is sure to be tried; `status` tells what becomes of it.
+            deploy_timeout_s: how long the replicas may wait for resources.
 
         Raises:
             ValueError: a route of it belongs to another app.
+            NotServing: a replica found no place in that time; the text says what the cluster lacks.
             Exception: what a replica's start-up code raised; then what ran before runs on.
         """
         check_app(app, name, prefix)
-        await self._runtime.deploy(app, name=name, prefix=prefix, wait=wait)
+        check_seconds("deploy_timeout_s", deploy_timeout_s)
+        await self._runtime.deploy(
+            app, name=name, prefix=prefix, wait=wait, deploy_timeout_s=deploy_timeout_s
+        )
 
 
 class SyncClient:
@@ -205,19 +257,28 @@ class SyncClient:
 
     def __init__(self, client: Client, portal: BlockingPortal) -> None:
         self._client = client
-        self._portal = portal
+        self._loop = portal
+
+    @property
+    def _portal(self) -> BlockingPortal:
+        """To the client's event loop, which ends when it is left."""
+        self._client.check_open()
+        return self._loop
 
     def __repr__(self) -> str:
         return repr(self._client).replace("<Client", "<SyncClient")
+
+    def __reduce__(self) -> NoReturn:
+        raise _stays_here(self)
 
     @property
     def url(self) -> str | None:
         """As `Client.url`."""
         return self._client.url
 
-    def get_handle(self, name: str) -> SyncHandle[..., Any]:
+    def get_handle(self, name: str, *, missing_ok: bool = False) -> SyncHandle[..., Any]:
         """A blocking handle; see `Client.get_handle`."""
-        return self._client.get_handle(name, sync=True)
+        return self._client.get_handle(name, sync=True, missing_ok=missing_ok)
 
     def status(self) -> dict[str, Any]:
         """As `Client.status`."""
@@ -248,13 +309,30 @@ class SyncClient:
         """As `Client.shadow_traffic`."""
         self._portal.call(self._client.shadow_traffic, endpoint, backend, fraction)
 
-    def deploy(self, app: App, *, name: str = "default", prefix: str = "", wait: bool = True) -> None:
+    def deploy(
+        self,
+        app: App,
+        *,
+        name: str = "default",
+        prefix: str = "",
+        wait: bool = True,
+        deploy_timeout_s: float = 60.0,
+    ) -> None:
         """As `Client.deploy`."""
-        self._portal.call(partial(self._client.deploy, app, name=name, prefix=prefix, wait=wait))
+        options: dict[str, Any] = {"name": name, "prefix": prefix, "wait": wait}
+        self._portal.call(partial(self._client.deploy, app, **options, deploy_timeout_s=deploy_timeout_s))
 
     def delete(self) -> None:
         """As `Client.delete`."""
         self._portal.call(self._client.delete)
+
+
+def _stays_here(client: Client | SyncClient) -> TypeError:
+    """What to say to a task, or another process, that is to be given a client."""
+    return TypeError(
+        f"a {type(client).__name__} cannot be pickled, it belongs to its process: send a handle along, "
+        "client.get_handle(...), or call serveit.connect() over there"
+    )
 
 
 def _change(backend: str, options: Mapping[str, Any], deploy_timeout_s: float | None) -> BackendChange:

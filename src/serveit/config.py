@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from serveit.nearest import did_you_mean as did_you_mean  # most ask for it here
+from serveit.resources import check_actor_options
 from serveit.types import DEFAULT_METHOD
 
 Location = Literal["HeadOnly", "EveryNode", "NoServer"]
@@ -21,28 +22,6 @@ HANDLE_QUEUE = 10_000
 """`max_queued_requests` of a handle's router where the backend names none."""
 ASYNC_ONGOING = 100
 """`max_ongoing_requests` of an `async def` backend where none is named."""
-ACTOR_OPTIONS: Mapping[str, tuple[type, ...]] = {
-    "num_cpus": (int, float),
-    "num_gpus": (int, float),
-    "memory": (int, float),
-    "resources": (dict,),
-    "accelerator_type": (str,),
-    "label_selector": (dict,),
-    "runtime_env": (dict,),
-    "scheduling_strategy": (str,),
-}
-"""Options of Ray's actors that a backend may set."""
-ACTOR_OPTIONS_TAKEN: Mapping[str, str] = {
-    "name": "names its actors",
-    "namespace": "has one of its own",
-    "lifetime": "ends replicas itself",
-    "get_if_exists": "starts replicas itself",
-    "max_restarts": "starts others in the place of those that die",
-    "max_task_retries": "decides what is sent again: see idempotent",
-    "max_concurrency": "has max_ongoing_requests",
-    "concurrency_groups": "has a group of its own for control",
-}
-"""Options that would take replicas out of its hands; why."""
 MAX_SECONDS = 365 * 24 * 3600.0
 """The longest time that an option can ask for: what is longer is meant as "never", and has its own word."""
 
@@ -73,8 +52,8 @@ class BackendConfig:
         max_surge: replicas beyond `num_replicas` that an update may start at once; as many of the old
             ones stop when they are ready. 0: each old one stops first, for a cluster without room.
         ray_actor_options: what each replica's actor asks of the cluster, as Ray spells it:
-            {"num_gpus": 0.5, "resources": {"tpu": 1}, "runtime_env": {...}}. None: nothing; it then
-            needs one CPU free to be placed, and holds none.
+            {"num_gpus": 0.5, "resources": {"license": 1}, "runtime_env": {...}}; `resources.py` has all of
+            them. None: nothing; it then needs one CPU free to be placed, and holds none.
     """
 
     num_replicas: int = 1
@@ -105,7 +84,7 @@ class BackendConfig:
         if self.request_timeout_s is not None:
             check_seconds("request_timeout_s", self.request_timeout_s, positive=True)
         if self.ray_actor_options is not None:
-            _check_actor_options(self.ray_actor_options)
+            check_actor_options(self.ray_actor_options)
         self._check_batching()
 
     def _check_batching(self) -> None:
@@ -255,33 +234,6 @@ class HTTPOptions:
     def serves(self) -> bool:
         """Whether there is a server at all."""
         return self.location not in (None, "NoServer")
-
-
-def _check_actor_options(options: Any) -> None:
-    """TypeError or ValueError for what cannot be asked of Ray, or is serveit's to decide."""
-    if not isinstance(options, Mapping):
-        raise TypeError(f"ray_actor_options must be a dict, got {options!r}")
-    for name, value in options.items():
-        if name in ACTOR_OPTIONS_TAKEN:
-            raise ValueError(f"ray_actor_options must not set {name!r}: serveit {ACTOR_OPTIONS_TAKEN[name]}")
-        if name not in ACTOR_OPTIONS:
-            raise TypeError(f"ray_actor_options has no {name!r}: {did_you_mean(name, list(ACTOR_OPTIONS))}")
-        if not isinstance(value, ACTOR_OPTIONS[name]) or isinstance(value, bool):
-            raise TypeError(f"ray_actor_options[{name!r}] cannot be {value!r}")
-        if isinstance(value, (int, float)) and not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"ray_actor_options[{name!r}] must be ≥ 0 and finite, got {value!r}")
-        if name == "scheduling_strategy" and value not in ("DEFAULT", "SPREAD"):
-            raise ValueError(
-                f"ray_actor_options['scheduling_strategy'] must be 'DEFAULT' or 'SPREAD', got {value!r}"
-            )
-
-
-def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """ "did you mean 'x'?" for the nearest known name, or the list of them."""
-    near = difflib.get_close_matches(name, known, n=1)
-    if near:
-        return f"did you mean {near[0]!r}?"
-    return f"there is {', '.join(map(repr, sorted(known)))}" if known else "there is none"
 
 
 def check_options(record: type[Any], where: str, options: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from serveit.calling.directory import Directory
 from serveit.calling.gateway import Gateway, open_portal
-from serveit.calling.handle import Handle
+from serveit.calling.handle import Handle, HandleOptions
 from serveit.cancellation import is_cancelled, outlast
 from serveit.clock import DeadlineWheel, LoopClock
 from serveit.config import HANDLE_QUEUE, HTTP_QUEUE, NODE_HOST
@@ -139,10 +139,11 @@ class LocalRuntime:
             finally:
                 await outlast(self._exit.aclose())
 
-    def get_handle(self, name: str, *, sync: bool = False) -> Any:
+    def get_handle(self, name: str, *, sync: bool = False, missing_ok: bool = False) -> Any:
         """A handle on a backend or endpoint. KeyError lists the known names."""
-        self.gateway.directory.check(name)
-        handle: Handle[..., Any] = Handle(self.gateway, name)
+        if not missing_ok:
+            self.gateway.directory.check(name)
+        handle: Handle[..., Any] = Handle(self.gateway, name, HandleOptions(missing_ok=missing_ok))
         return handle.sync if sync else handle
 
     @property
@@ -212,7 +213,9 @@ class LocalRuntime:
         self._spec = self._spec.rerouted(endpoint, weights, shadows)
         await self._see_through(self._publish())
 
-    async def deploy(self, app: App, *, name: str, prefix: str, wait: bool = True) -> None:
+    async def deploy(
+        self, app: App, *, name: str, prefix: str, wait: bool = True, deploy_timeout_s: float = 60.0
+    ) -> None:
         raise NeedsRay("without Ray a process serves one app: leave local=True out to serve several")
 
     async def delete(self) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from anyio.from_thread import start_blocking_portal
 
 from serveit.client import Client, SyncClient, check_app
-from serveit.config import HTTPOptions
+from serveit.config import HTTPOptions, check_seconds
 from serveit.exceptions import NotServing
 from serveit.signals import StopSignals
 
@@ -42,6 +42,7 @@ class Serving:
         self._make_runtime = make_runtime
         self._sock = sock
         self._runtime: Runtime | None = None
+        self._client: Client | None = None
         self._stack = contextlib.ExitStack()
 
     def __getattr__(self, name: str) -> Any:
@@ -59,7 +60,8 @@ class Serving:
         except BaseException:
             self._runtime = None
             raise
-        return Client(runtime)
+        self._client = Client(runtime)
+        return self._client
 
     async def __aexit__(
         self,
@@ -68,8 +70,12 @@ class Serving:
         traceback: TracebackType | None,
     ) -> None:
         runtime, self._runtime = self._runtime, None
-        if runtime is not None:
-            await runtime.aclose()
+        client, self._client = self._client, None
+        if runtime is not None and client is not None:
+            try:
+                await runtime.aclose()
+            finally:
+                client.end(self._what)
 
     def __enter__(self) -> SyncClient:
         _refuse_event_loop(f"write `async with serveit.{self._what}(...)`")
@@ -124,6 +130,7 @@ def serve(
         on_progress: on Ray, told how far the replicas' start is, at once and whenever that changes.
     """
     check_app(app, name, prefix)
+    check_seconds("deploy_timeout_s", deploy_timeout_s)
     options = None if http is None else HTTPOptions.parse(http)
     if local and address is not None:
         raise ValueError("address is for Ray, and local=True does without: give one of them")

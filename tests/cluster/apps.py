@@ -6,12 +6,14 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import os
+import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
 import numpy as np
 import ray
 
+import serveit
 from serveit import App, context
 from tests.flow.gates import Gate
 
@@ -43,6 +45,8 @@ class Work:
         return args[0] if len(args) == 1 and not kwargs else (args, kwargs)
 
     async def fail(self, kind: str) -> None:
+        if kind == "not pickled":
+            raise OwnError("holds a lock", threading.Lock())
         raise OwnError("nothing there") if kind == "own" else NotRebuilt(1, 2)
 
     async def count(self, end: int) -> AsyncIterator[int]:
@@ -54,8 +58,14 @@ class Work:
         return value
 
     async def through(self, number: int) -> Any:
-        """An ObjectRef from inside a replica."""
-        return await (await double.remote(number))
+        """ObjectRefs from inside a replica: one handed on by place, one by name, the last one awaited."""
+        twice = await double.call(await double.remote(number))
+        return await (await plain.remote(number=await double.remote(twice)))
+
+    async def of_another_app(self, app: str, number: int) -> Any:
+        """A program of its own could do the same: the app is found in the instance that this runs in."""
+        async with serveit.connect(app=app) as client:
+            return await client.get_handle("double").call(number)
 
 
 @tasks.backend

@@ -72,6 +72,8 @@ def _init() -> Any:
         ray.init(
             address="local",
             num_cpus=8,
+            num_gpus=1,  # Ray believes it
+            resources={"license": 2},
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import pickle
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -116,6 +117,8 @@ async def test_it_is_an_object_ref(client: Client) -> None:
     assert await asyncio.to_thread(ray.get, ref) == 14
     assert await apps.add_one.remote(ref) == 15
     assert await (await client.get_handle("plain").remote(7)) == 8
+    numbers = {1, 2, (3, 4)}
+    assert await (await client.get_handle("Work").remote(numbers)) == numbers
     array = np.arange(1_000_000)
     doubled: Any = await (await client.get_handle("double").remote(array))
     assert np.array_equal(doubled, 2 * array)
@@ -155,12 +158,14 @@ async def test_a_failed_ref_raises_before_the_function_runs(client: Client, gate
 async def test_what_the_function_raises_is_raised_by_the_ref(client: Client) -> None:
     work = client.get_handle("Work")
     ref = await work.fail.remote("own")
-    with pytest.raises(apps.OwnError, match="nothing there"):
-        await ref
-    with pytest.raises(apps.OwnError, match="nothing there"):
-        await asyncio.to_thread(ray.get, ref)
-    with pytest.raises((RemoteError, ray.exceptions.RayError), match="NotRebuilt: 1 and 2"):
-        await (await work.fail.remote("other"))
+    for way in (asyncio.wrap_future(ref.future()), asyncio.to_thread(ray.get, ref)):
+        with pytest.raises(apps.OwnError, match="nothing there") as caught:
+            await way
+        assert "apps.py" in str(caught.value) and "in fail" in str(caught.value), "the remote traceback"
+    for kind, text in (("other", "NotRebuilt: 1 and 2"), ("not pickled", "OwnError: .*holds a lock")):
+        with pytest.raises((RemoteError, ray.exceptions.RayError), match=text) as other:
+            await (await work.fail.remote(kind))
+        assert "in fail" in str(other.value)
     with pytest.raises(TypeError, match="missing 1 required positional argument"):
         await (await work.fail.remote())
 
@@ -237,13 +242,30 @@ async def test_blocking_from_eight_threads(client: Client) -> None:
     assert results == {n: [2 * (10 * n + index) for index in range(10)] for n in range(8)}
 
 
+async def test_blocking_waits_for_a_slot_and_not_for_the_result(client: Client, gate: Gate) -> None:
+    submitted: list[Any] = []
+
+    def use() -> Any:  # a thread without an event loop gets the handle itself, too
+        two = client.get_handle("two", sync=True)
+        submitted.extend(two.remote(str(gate.folder)) for _ in range(3))
+        return ray.get(submitted)
+
+    using = asyncio.ensure_future(asyncio.to_thread(use))
+    await wait_until(lambda: gate.notes == ["in", "in"], 5, "two run")
+    assert len(submitted) == 2 and not ray.wait(submitted, num_returns=2, timeout=0)[0]
+    gate.open()
+    assert await using == ["done"] * 3
+
+
 async def test_blocking_in_a_loop_names_the_async_way(client: Client) -> None:
     with pytest.raises(RuntimeError, match=r"`await handle.remote\(\.\.\.\)`"):
         client.get_handle("double", sync=True).remote(1)
 
 
 async def test_from_inside_a_replica(client: Client) -> None:
-    assert await client.get_handle("Work").through.call(4) == 8
+    work = client.get_handle("Work")
+    assert await work.through.call(4) == 33
+    assert await work.of_another_app.call((await client.status())["app"], 5) == 10
 
 
 async def test_handles_travel_into_tasks_and_actors(client: Client) -> None:
@@ -253,6 +275,9 @@ async def test_handles_travel_into_tasks_and_actors(client: Client) -> None:
     actor = apps.make_user(double)
     assert await asyncio.gather(*(actor.use.remote(number) for number in range(5))) == [0, 2, 4, 6, 8]
     ray.kill(actor)
+    changed = double.options(timeout_s=20, shard_key="k").explain
+    assert repr(pickle.loads(pickle.dumps(changed))) == repr(changed)
+    assert repr(pickle.loads(pickle.dumps(changed.sync))) == repr(changed.sync)
 
 
 # -- what only Ray can send, inside the arguments and results of calls -----------------------------

@@ -70,6 +70,8 @@ class Desk:
             raise OwnError("nothing under that name", 7)
         if kind == "not rebuilt":
             raise NotRebuilt(1, 2)
+        if kind == "not pickled":
+            raise LookupError("holds a lock", threading.Lock())
         return Unpicklable()
 
     async def wait(self, folder: str) -> str:

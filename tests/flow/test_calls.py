@@ -66,7 +66,7 @@ async def test_methods_and_options(served: Served) -> None:
     assert await desk.options(method_name="explain").call(3) == "3!"
     assert await desk.options(timeout_s=5).explain.call(4) == "4!"
     assert await desk.call(5) == 5, "options make a copy"
-    assert repr(desk.explain) == f"<Handle (async) {served.app_name}/Desk.explain>"
+    assert repr(desk.explain) == f"<Handle {served.app_name}/Desk.explain>"
     with pytest.raises(AttributeError, match="did you mean 'explain'"):
         await desk.explian.call(3)
     with pytest.raises(TypeError, match="timeout"):
@@ -97,9 +97,12 @@ async def test_an_exception_arrives_as_itself_with_its_traceback(served: Served)
     assert "in fail" in str(caught.value.__cause__) and "apps.py" in str(caught.value.__cause__)
 
 
-async def test_an_exception_that_cannot_be_rebuilt_is_described(served: Served) -> None:
-    with pytest.raises(RemoteError, match="NotRebuilt: 1 and 2") as caught:
-        await served.handle("Desk").fail.call("not rebuilt")
+@pytest.mark.parametrize(
+    ("how", "text"), [("not rebuilt", "NotRebuilt: 1 and 2"), ("not pickled", "LookupError: .*holds a lock")]
+)
+async def test_an_exception_that_cannot_be_rebuilt_is_described(served: Served, how: str, text: str) -> None:
+    with pytest.raises(RemoteError, match=text) as caught:
+        await served.handle("Desk").fail.call(how)
     assert "in fail" in str(caught.value) and caught.value.executed == "yes"
 
 

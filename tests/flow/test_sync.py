@@ -36,7 +36,7 @@ async def test_the_same_names_blocking(served: Served) -> None:
 
     answers = await asyncio.to_thread(use)
     assert answers == [7, "3!", "4!", [0, 1, 2], [0, 1, 2, 3, 4], [(0, 0), (1, 1), (2, 2)]]
-    assert repr(desk) == f"<Handle (sync) {served.app_name}/Desk>"
+    assert repr(desk) == f"<SyncHandle {served.app_name}/Desk>"
 
 
 async def test_from_eight_threads_at_once(served: Served) -> None:
@@ -52,6 +52,17 @@ async def test_from_eight_threads_at_once(served: Served) -> None:
     for thread in threads:
         await asyncio.to_thread(thread.join)
     assert results == {n: [2 * (100 * n + index) for index in range(25)] for n in range(8)}
+
+
+async def test_a_thread_without_a_loop_gets_its_handle_itself(served: Served) -> None:
+    def use() -> Any:
+        return [
+            client.get_handle("double", sync=True).call(4),
+            client.get_handle("Desk").sync.explain.call(5),
+        ]
+
+    client = served.client
+    assert await asyncio.to_thread(use) == [8, "5!"]
 
 
 async def test_in_a_running_loop_it_names_the_async_way(served: Served) -> None:

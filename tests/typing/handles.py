@@ -97,6 +97,8 @@ async def of_names(client: Client) -> None:
     assert_type(app.handle("plain"), Handle[..., Any])
     assert_type(client.get_handle("plain"), Handle[..., Any])
     assert_type(client.get_handle("plain", sync=True), SyncHandle[..., Any])
+    assert_type(client.get_handle("later", missing_ok=True), Handle[..., Any])
+    assert_type(client.get_handle("later", sync=True, missing_ok=True), SyncHandle[..., Any])
 
 
 def blocking() -> None:

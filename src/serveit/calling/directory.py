@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from serveit.calling.router import Router
 from serveit.config import did_you_mean
 from serveit.declare.traffic import Traffic, choose, choose_sticky, shadows_for
-from serveit.exceptions import NotServing, Rejected
+from serveit.exceptions import Draining, NotServing, QueueFull, Rejected
 from serveit.types import DEFAULT_METHOD
 
 if TYPE_CHECKING:
@@ -43,7 +43,8 @@ class Directory:
 
     All mutable state: `_endpoints` (by name), `_expected` (names that the first snapshot will bring),
     `_routers` (by backend), `_leaving` (routers of backends that are gone, with requests still under
-    way), `_draining`, `closed`.
+    way), `_news` (set when names change, or no more will come), `_num_awaiting` (calls that wait for that),
+    `_draining`, `closed`.
     """
 
     def __init__(
@@ -61,7 +62,8 @@ class Directory:
         """
         Args:
             app: its name.
-            default_queue: `max_queued_requests` where a backend names none.
+            default_queue: `max_queued_requests` where a backend names none, and for calls to names that
+                are not there yet.
             connect: makes links to replicas.
             clock: of deadlines.
             wheel: of deadlines, on the same clock.
@@ -76,6 +78,9 @@ class Directory:
         self._expected: frozenset[str] = frozenset()
         self._routers: dict[str, Router] = {}
         self._leaving: list[Router] = []
+        self._news = asyncio.Event()
+        self._num_awaiting = 0
+        self._max_awaiting = default_queue
         self._draining = False
         self.closed = False
         self._make_router: Callable[[BackendInfo], Router] = partial(
@@ -120,18 +125,21 @@ class Directory:
             router = self._routers.pop(name)
             router.retire()
             self._leaving.append(router)
+        self._tell()
 
     def drain(self) -> None:
         """Take calls of running requests only, which are to come to their ends; fail what else waits."""
         self._draining = True
         for router in (*self._routers.values(), *self._leaving):
             router.drain()
+        self._tell()
 
     def close(self) -> None:
         """Fail what waits and close all links."""
         self.closed = True
         for router in (*self._routers.values(), *self._leaving):
             router.close()
+        self._tell()
 
     @property
     def incomplete(self) -> bool:
@@ -165,11 +173,45 @@ class Directory:
                     f"{name!r} cannot be called yet: app {self.app!r} is still starting. Code that runs "
                     "while it does may get handles; calls belong into the code that answers requests"
                 )
-            known = sorted({*self._endpoints, *self._expected})
-            raise KeyError(
-                f"app {self.app!r} has no backend or endpoint {name!r}: {did_you_mean(name, known)}"
-            )
+            raise KeyError(self.missing(name))
         return found
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a backend or endpoint."""
+        return name in self._endpoints
+
+    def missing(self, name: str) -> str:
+        """That there is none of this name, and what there is."""
+        known = sorted({*self._endpoints, *self._expected})
+        return f"app {self.app!r} has no backend or endpoint {name!r}: {did_you_mean(name, known)}"
+
+    async def wait_for(self, name: str) -> None:
+        """Wait until there is a backend or endpoint called `name`.
+
+        Raises:
+            QueueFull: as many calls wait for names already as may wait in a router.
+            NotServing, Draining: none will come any more.
+        """
+        if self._num_awaiting >= self._max_awaiting:
+            raise QueueFull(
+                f"{self._num_awaiting} calls wait already for backends and endpoints that app {self.app!r} "
+                "does not have yet"
+            )
+        self._num_awaiting += 1
+        try:
+            while name not in self._endpoints and name not in self._expected:
+                if self.closed:
+                    raise NotServing(f"app {self.app!r} was ended while a call waited for its {name!r}")
+                if self._draining:
+                    raise Draining(f"app {self.app!r} is stopping: {name!r} will not come any more")
+                await self._news.wait()
+        finally:
+            self._num_awaiting -= 1
+
+    def _tell(self) -> None:
+        """Wake up who waits for a name."""
+        news, self._news = self._news, asyncio.Event()
+        news.set()
 
     def choose(self, endpoint: Endpoint, shard_key: str | None = None) -> Router:
         """The router of the backend that this request goes to. Hot path: once per request."""

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, cast
 
 from serveit.calling.exchange import Exchange
+from serveit.calling.flow import Flow
 from serveit.config import MAX_SECONDS, check_options
 from serveit.context import inherited_deadline, new_request_id
 from serveit.exceptions import DeadlineExceeded, QueueFull
@@ -19,6 +20,7 @@ from serveit.wire.frames import STREAM, Buffer, Call, CallAnswer, Failure, Frame
 from serveit.wire.pickles import dump, load, load_exception
 
 if TYPE_CHECKING:
+    from serveit.calling.directory import Directory
     from serveit.calling.gateway import Gateway
     from serveit.calling.sync import SyncHandle
     from serveit.types import Clock
@@ -28,6 +30,9 @@ R = TypeVar("R")
 T = TypeVar("T")
 E = TypeVar("E", bound=Exchange)
 
+MAX_MISSING_S = 60.0
+"""How long a call without a deadline waits for a name that is not there yet (`missing_ok`)."""
+
 
 @dataclass(frozen=True)
 class HandleOptions:
@@ -36,6 +41,7 @@ class HandleOptions:
     method_name: str | None = None
     shard_key: str | None = None
     timeout_s: float | None = None
+    missing_ok: bool = False
 
     def __post_init__(self) -> None:
         timeout_s: Any = self.timeout_s
@@ -44,12 +50,20 @@ class HandleOptions:
                 raise TypeError(f"timeout_s must be a number of seconds or None, got {timeout_s!r}")
             if not (timeout_s > 0 and math.isfinite(timeout_s)):
                 raise ValueError(f"timeout_s must be > 0 and finite, got {timeout_s!r}; None for no limit")
+        missing_ok: Any = self.missing_ok
+        if not isinstance(missing_ok, bool):
+            raise TypeError(f"missing_ok must be True or False, got {missing_ok!r}")
         for name in ("method_name", "shard_key"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise TypeError(f"{name} must be a str or None, got {value!r}")
             if value and not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
                 raise ValueError(f"{name} must be text that UTF-8 has a form for, got {value!r}")
+
+    def __str__(self) -> str:
+        """Those that are set, without the method's name; each with a space in front."""
+        shown = ("shard_key", "timeout_s", "missing_ok")
+        return "".join(f" {name}={value!r}" for name in shown if (value := getattr(self, name)))
 
 
 class CallExchange(Exchange):
@@ -113,7 +127,7 @@ class Handle(Generic[P, R]):
     def __repr__(self) -> str:
         app = self._gateway.app
         method = f".{self._options.method_name}" if self._options.method_name else ""
-        return f"<Handle (async) {app}/{self._name}{method}>"
+        return f"<Handle {app}/{self._name}{method}{self._options}>"
 
     def __getattr__(self, name: str) -> Handle[..., Any]:
         if name.startswith("_"):
@@ -139,6 +153,8 @@ class Handle(Generic[P, R]):
             method_name: method of the class to call in place of `__call__`.
             shard_key: the same key goes to the same backend while the weights stand.
             timeout_s: seconds until the call is given up with `DeadlineExceeded`.
+            missing_ok: calls wait for a name that the app does not have (yet): until their deadline, or
+                60 s without one. False: they raise KeyError.
         """
         check_options(HandleOptions, "a handle", changes)
         return type(self)(self._gateway, self._name, replace(self._options, **changes))
@@ -149,6 +165,8 @@ class Handle(Generic[P, R]):
         Raises:
             QueueFull: `max_queued_requests` wait in this process already; see `map`.
             DeadlineExceeded: `timeout_s` or the caller's own deadline passed.
+            KeyError: the backend or endpoint is gone.
+            NotServing: the app is.
             ReplicaDied: the replica was lost in the middle.
             EncodingError: arguments or result do not pickle.
             Exception: whatever the function raised.
@@ -209,7 +227,7 @@ class Handle(Generic[P, R]):
     async def _map(
         self, items: Iterable[Any] | AsyncIterable[Any], max_in_flight: int, ordered: bool
     ) -> AsyncIterator[Any]:
-        flow = _Flow(self._begin, max_in_flight, ordered)
+        flow = Flow(self._begin, max_in_flight, ordered)
         feeder = asyncio.get_running_loop().create_task(flow.feed(items))
         try:
             while (index := await flow.next()) is not None:
@@ -234,8 +252,10 @@ class Handle(Generic[P, R]):
         gateway = await self._enter()
         tasks = gateway.needs_tasks()
         deadline = self._deadline(gateway)
+        if self._options.missing_ok:
+            await self._appeared(gateway.directory, deadline)
         if tasks.are_among(args, kwargs):
-            await self._in_time(tasks.wait(args, kwargs), deadline, gateway.directory.clock)
+            await self._refs_in_time(tasks.wait(args, kwargs), deadline, gateway.directory.clock)
         exchange = self._route(gateway, lambda target: ReserveExchange(target, deadline))
         try:
             await exchange.answer
@@ -264,9 +284,11 @@ class Handle(Generic[P, R]):
         """Submit a call. Hot path."""
         gateway = await self._enter()
         deadline = self._deadline(gateway)
+        if self._options.missing_ok:
+            await self._appeared(gateway.directory, deadline)
         if gateway.tasks is not None and gateway.tasks.are_among(args, kwargs):
             fetching = gateway.tasks.fetch(args, kwargs)
-            args, kwargs = await self._in_time(fetching, deadline, gateway.directory.clock)
+            args, kwargs = await self._refs_in_time(fetching, deadline, gateway.directory.clock)
         pickled = dump((args, kwargs), self._arguments)
         return self._route(gateway, lambda target: CallExchange(target, pickled, deadline))
 
@@ -279,25 +301,27 @@ class Handle(Generic[P, R]):
         own = gateway.directory.clock.time() + min(timeout_s, MAX_SECONDS)
         return own if deadline is None else min(own, deadline)
 
-    async def _in_time(self, work: Coroutine[Any, Any, T], deadline: float | None, clock: Clock) -> T:
+    async def _refs_in_time(self, work: Coroutine[Any, Any, T], deadline: float | None, clock: Clock) -> T:
         """What becomes of the ObjectRefs among the arguments, if it does before the deadline."""
         if deadline is None:
             return await work
-        task = asyncio.get_running_loop().create_task(work)
-        over = asyncio.Event()
-        task.add_done_callback(lambda _: over.set())
-        timer = clock.call_later(max(0.0, deadline - clock.time()), over.set)
-        try:
-            await over.wait()
-        finally:
-            timer.cancel()
-            task.cancel()
-        if not task.done():
-            raise DeadlineExceeded(
-                f"the deadline passed while waiting for the ObjectRefs among the arguments of {self._name!r}",
-                executed="no",
+        late = f"the deadline passed while waiting for the ObjectRefs among the arguments of {self._name!r}"
+        return await _in_time(work, deadline, clock, lambda: late)
+
+    async def _appeared(self, directory: Directory, deadline: float | None) -> None:
+        """Wait until the app has what this handle calls, for a handle that was got without it."""
+        if directory.has(self._name):
+            return
+
+        def late() -> str:
+            return (
+                f"this call has waited for as long as it may ({limit}), but {directory.missing(self._name)}"
             )
-        return task.result()
+
+        clock = directory.clock
+        limit = f"without a deadline {MAX_MISSING_S:.0f} s" if deadline is None else "until its deadline"
+        until = clock.time() + MAX_MISSING_S if deadline is None else deadline
+        await _in_time(directory.wait_for(self._name), until, clock, late)
 
     def _route(self, gateway: Gateway, make: Callable[[str], E]) -> E:
         """Make an exchange and give it to the router of the backend that this call goes to."""
@@ -316,67 +340,17 @@ class Handle(Generic[P, R]):
         return exchange
 
 
-class _Flow:
-    """The calls of one `map`: a task feeds them to the replicas, the reader takes their results.
-
-    A task, because the results that are there must not wait for a slow source.
-    """
-
-    def __init__(
-        self,
-        begin: Callable[[tuple[Any, ...], dict[str, Any]], Awaitable[CallExchange]],
-        max_in_flight: int,
-        ordered: bool,
-    ) -> None:
-        self._begin = begin
-        self._ordered = ordered
-        self._room = asyncio.Semaphore(max_in_flight)
-        self._under_way: dict[int, CallExchange] = {}
-        self._next: asyncio.Queue[int | None] = asyncio.Queue()
-        """Indices in the order in which they are handed out; None once `items` has ended."""
-        self._count = 0
-        self._error: BaseException | None = None
-        self._fed = False
-
-    async def feed(self, items: Iterable[Any] | AsyncIterable[Any]) -> None:
-        """Submit a call per item, as there is room."""
-        try:
-            if isinstance(items, AsyncIterable):
-                async for item in items:
-                    await self._put(item)
-            else:
-                for item in items:
-                    await self._put(item)
-        except BaseException as error:  # whatever it is, it is the reader's: see `next`
-            self._error = error
-        self._next.put_nowait(None)
-
-    async def _put(self, item: Any) -> None:
-        await self._room.acquire()
-        index, self._count = self._count, self._count + 1
-        exchange = self._under_way[index] = await self._begin((item,), {})
-        if self._ordered:
-            self._next.put_nowait(index)
-        else:
-            exchange.answer.add_done_callback(lambda _: self._next.put_nowait(index))
-
-    async def next(self) -> int | None:
-        """Whose result is to be taken next; None when all are taken. Raises what `items` raised."""
-        while self._under_way or not self._fed:
-            index = await self._next.get()
-            if index is not None:
-                return index
-            self._fed = True
-            if self._error is not None:
-                raise self._error
-        return None
-
-    async def take(self, index: int) -> Any:
-        result = await self._under_way[index].result()
-        del self._under_way[index]
-        self._room.release()
-        return result
-
-    def cancel(self) -> None:
-        for exchange in self._under_way.values():
-            exchange.cancel()
+async def _in_time(work: Coroutine[Any, Any, T], deadline: float, clock: Clock, late: Callable[[], str]) -> T:
+    """What becomes of what a call waits for, if it does before the deadline; `late` says what did not."""
+    task = asyncio.get_running_loop().create_task(work)
+    over = asyncio.Event()
+    task.add_done_callback(lambda _: over.set())
+    timer = clock.call_later(max(0.0, deadline - clock.time()), over.set)
+    try:
+        await over.wait()
+    finally:
+        timer.cancel()
+        task.cancel()
+    if not task.done():
+        raise DeadlineExceeded(late(), executed="no")
+    return task.result()

@@ -27,7 +27,7 @@ class SyncHandle(Generic[P, R]):
         self._handle = handle
 
     def __repr__(self) -> str:
-        return repr(self._handle).replace("(async)", "(sync)")
+        return repr(self._handle).replace("<Handle", "<SyncHandle", 1)
 
     def __getattr__(self, name: str) -> SyncHandle[..., Any]:
         if name.startswith("_"):

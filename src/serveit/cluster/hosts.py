@@ -105,7 +105,7 @@ class ReplicaHost:
         install()
         order = self._order
         shipment = msgspec.msgpack.decode(order.code, type=Shipment)
-        app = unpack(shipment)
+        app = unpack(shipment, order.actor_options.get("runtime_env", {}))
         declared = find(app, order.backend, shipment)
         self._settings = LiveSettings(declared.config, order.settings)
         backend = configured(declared, order.settings)

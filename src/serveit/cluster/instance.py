@@ -16,6 +16,7 @@ import msgspec
 
 from serveit.cluster.contact import ask, find_controller, join
 from serveit.cluster.controller import start_controller
+from serveit.cluster.environments import packed, packed_options
 from serveit.cluster.session import open_session
 from serveit.cluster.shipping import spec_of
 from serveit.config import HTTPOptions
@@ -134,10 +135,11 @@ class Instance:
             wait: False to return when it is sure to be tried.
 
         Raises:
-            ValueError: a route of it belongs to another app.
+            ValueError: a route of it belongs to another app, or a runtime_env names what is not there.
             NotServing: a replica finds no place, or dies again and again while it starts.
             Exception: what a replica's start-up code raised. What ran before runs on.
         """
+        spec = await asyncio.to_thread(packed, spec)
         version = await ask(self._controller, "deploy", encode(spec))
         seen = b""
         while wait:
@@ -175,6 +177,10 @@ class InstanceApp:
     async def update(self, backend: str, wanted: BackendChange, *, wait: bool = True) -> None:
         """Change a backend's options; returns when they are in force, or, told not to wait, when they are
         sure to be tried."""
+        if actor_options := wanted.options.get("ray_actor_options"):
+            asked = await asyncio.to_thread(packed_options, backend, actor_options)
+            options = {**wanted.options, "ray_actor_options": asked}
+            wanted = msgspec.structs.replace(wanted, options=options)
         octets = await ask(
             self._controller, "update", self._name, backend, encode(wanted), wait, timeout_s=None
         )

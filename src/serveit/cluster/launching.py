@@ -12,6 +12,8 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from serveit.cluster.actors import CONTROL_GROUP, ProxyActor, ReplicaActor
+from serveit.cluster.environments import reason
+from serveit.cluster.rooms import lacking, rooms
 from serveit.control.orders import (
     CONTROLLER,
     NAMESPACE,
@@ -25,7 +27,7 @@ from serveit.control.orders import (
     decode_outcome,
     encode,
 )
-from serveit.control.processes import Node, ProcessDied
+from serveit.control.processes import Node, NoPlace, ProcessDied
 
 if TYPE_CHECKING:
     from serveit.control.processes import Process
@@ -63,6 +65,8 @@ class RayProcess:
             await self._actor.placed.remote()
         except ray.exceptions.RayActorError as error:
             raise ProcessDied(_how(error)) from error
+        except ray.exceptions.RuntimeEnvSetupError as error:
+            raise NoPlace(f"its runtime_env cannot be set up: {reason(error)}") from error
 
     async def start(self) -> Started | StartFailed | Leaving:
         assert self._order is not None, "what is only to be ended is not started"
@@ -201,10 +205,11 @@ class RayLauncher:
 
     async def lacking(self, order: ReplicaOrder) -> str:
         asked = order.actor_options
-        resources = {"CPU": asked.get("num_cpus", 0 if asked else 1), "GPU": asked.get("num_gpus", 0)}
-        resources |= {"memory": asked.get("memory", 0), **asked.get("resources", {})}
-        wanted = {name: float(amount) for name, amount in resources.items() if amount}
-        return await asyncio.to_thread(_lacking, wanted)
+        if lack := lacking(asked, await asyncio.to_thread(rooms)):
+            return lack
+        if environment := asked.get("runtime_env"):
+            return f"is being given its runtime_env by Ray ({', '.join(environment)})"
+        return ""
 
     async def nodes(self) -> list[Node]:
         # Asked for in a thread, again and again: Ray tells nobody of nodes in public by itself.
@@ -228,27 +233,6 @@ def _actor_names() -> list[str]:
     return [
         actor["name"] for actor in actors if actor["namespace"] == NAMESPACE and actor["name"] != CONTROLLER
     ]
-
-
-def _lacking(wanted: dict[str, float]) -> str:
-    """Which of these no node has free, in a line; empty if one has them all."""
-    free_by_node = _free_by_node()
-    if any(all(free.get(name, 0) >= amount for name, amount in wanted.items()) for free in free_by_node):
-        return ""
-    texts = []
-    for name, amount in wanted.items():
-        most = max((free.get(name, 0) for free in free_by_node), default=0)
-        where = "free" if len(free_by_node) == 1 else "free on one node"
-        texts.append(f"{amount:g} {name}, {most:g} {where}")
-    return f"needs {' and '.join(texts)}"
-
-
-def _free_by_node() -> list[dict[str, float]]:
-    # Private, but the only one that tells nodes apart: four nodes with one CPU each are no four CPUs.
-    from ray._private.state import available_resources_per_node
-
-    per_node: Any = available_resources_per_node
-    return list(per_node().values())
 
 
 def head_node() -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from serveit.calling.gateway import open_portal
-from serveit.calling.handle import Handle
+from serveit.calling.handle import Handle, HandleOptions
 from serveit.cluster.contact import find_controller
 from serveit.cluster.gateways import ClusterGateway, Entrance
 from serveit.cluster.instance import Instance, InstanceApp, make_spec
@@ -106,7 +106,7 @@ class ClusterRuntime:
         """An app of one's own."""
         # What can be found wrong before anything is started, is.
         check_free(self._http, self._address)
-        spec = await self._make_spec(app, self.name, self.prefix)
+        spec = await self._make_spec(app, self.name, self.prefix, self._deploy_timeout_s)
         session = await stack.enter_async_context(opened_session(self._address))
         ways = await stack.enter_async_context(contextlib.AsyncExitStack())
         # Ends first: what runs may end while the ways to it are still open.
@@ -132,11 +132,12 @@ class ClusterRuntime:
 
     # -- what a client asks for --------------------------------------------------------------
 
-    def get_handle(self, name: str, *, sync: bool = False) -> Any:
+    def get_handle(self, name: str, *, sync: bool = False, missing_ok: bool = False) -> Any:
         """A handle on a backend or endpoint. KeyError lists the known names."""
         gateway = self._entrance.gateway(self.name)
-        gateway.directory.endpoint(name)
-        handle: Handle[..., Any] = Handle(gateway, name)
+        if not missing_ok:
+            gateway.directory.endpoint(name)
+        handle: Handle[..., Any] = Handle(gateway, name, HandleOptions(missing_ok=missing_ok))
         return handle.sync if sync else handle
 
     @property
@@ -161,9 +162,9 @@ class ClusterRuntime:
         """Change where an endpoint leads; returns when proxies and handles know."""
         await self._running.reroute(endpoint, weights, shadows)
 
-    async def deploy(self, app: App, *, name: str, prefix: str, wait: bool) -> None:
+    async def deploy(self, app: App, *, name: str, prefix: str, wait: bool, deploy_timeout_s: float) -> None:
         """Serve another app in the same instance; it stays until it is deleted."""
-        await self._instance.deploy(await self._make_spec(app, name, prefix), wait=wait)
+        await self._instance.deploy(await self._make_spec(app, name, prefix, deploy_timeout_s), wait=wait)
 
     async def delete(self) -> None:
         """End the app, whoever started it."""
@@ -179,8 +180,8 @@ class ClusterRuntime:
         await self._entrance.open()
         self._gateway = self._entrance.gateway(self.name)
 
-    async def _make_spec(self, app: App, name: str, prefix: str) -> AppSpec:
-        spec = await make_spec(app, name=name, prefix=prefix, deploy_timeout_s=self._deploy_timeout_s)
+    async def _make_spec(self, app: App, name: str, prefix: str, deploy_timeout_s: float) -> AppSpec:
+        spec = await make_spec(app, name=name, prefix=prefix, deploy_timeout_s=deploy_timeout_s)
         serves = (self._http or HTTPOptions()).serves
         return spec if serves else msgspec.structs.replace(spec, routes=())
 

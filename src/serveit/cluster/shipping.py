@@ -22,6 +22,9 @@ from serveit.declare.app import App
 from serveit.exceptions import ImportFailed
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
     from serveit.control.spec import AppSpec
     from serveit.declare.backend import BackendRecord
 
@@ -82,18 +85,22 @@ def spec_of(
     return app_spec(app, name=name, prefix=prefix, code=code, owner=owner, deploy_timeout_s=deploy_timeout_s)
 
 
-def unpack(shipment: Shipment) -> App:
+def unpack(shipment: Shipment, environment: Mapping[str, Any] | None = None) -> App:
     """The app, in the replica's process.
 
     Sets the process's `sys.path` and working directory: it may have been started for another
-    driver, whose folder has an `app.py` as well.
+    driver, whose folder has an `app.py` as well. What its environment brings comes before that.
+
+    Args:
+        shipment: of `pack`.
+        environment: the `runtime_env` that the process was started in, if any.
 
     Raises:
         ImportFailed: something is not here that the driver has; the text says what, and where it
             was looked for.
         Exception: whatever the user's module raised while it was imported.
     """
-    absent = _go_where_the_driver_was(shipment)
+    absent = _go_where_the_driver_was(shipment, environment or {})
     if not shipment.reference:
         from serveit.cluster.byvalue import load
 
@@ -161,11 +168,26 @@ def _cwd() -> str:
         return ""
 
 
-def _go_where_the_driver_was(shipment: Shipment) -> list[str]:
+def _go_where_the_driver_was(shipment: Shipment, environment: Mapping[str, Any]) -> list[str]:
     """Set path and working directory; the folders of the driver's that are not on this machine."""
     here = [path for path in shipment.paths if os.path.exists(path)]
-    sys.path[:] = [*here, *(entry for entry in sys.path if entry not in here)]
-    with contextlib.suppress(OSError):  # the driver's folder need not exist here, nor be ours to enter
-        os.chdir(shipment.cwd)
+    first = [*_brought(environment, shipment.paths), *here]
+    sys.path[:] = [*first, *(entry for entry in sys.path if entry not in first)]
+    if not environment.get("working_dir"):
+        with contextlib.suppress(OSError):  # the driver's folder need not exist here, nor be ours to enter
+            os.chdir(shipment.cwd)
     importlib.invalidate_caches()
     return [path for path in shipment.paths if path not in here]
+
+
+def _brought(environment: Mapping[str, Any], paths: tuple[str, ...]) -> list[str]:
+    """The folders on this process's import path that its environment has put there.
+
+    Args:
+        environment: its own.
+        paths: the driver's: what both have is the driver's.
+    """
+    if not (environment.get("working_dir") or environment.get("py_modules")):
+        return []
+    entries = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return [entry for entry in dict.fromkeys(entries) if os.path.isdir(entry) and entry not in paths]

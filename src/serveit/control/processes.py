@@ -20,11 +20,15 @@ class ProcessDied(Exception):
     """A process is gone without having said why."""
 
 
+class NoPlace(Exception):
+    """A process will never exist, and another like it neither; the text says why."""
+
+
 class Process(Protocol):
     """One process of the instance."""
 
     async def placed(self) -> None:
-        """Wait until it exists: the cluster has found a place for it. Raises ProcessDied."""
+        """Wait until it exists: the cluster has found a place for it. Raises ProcessDied, NoPlace."""
 
     async def start(self) -> Started | StartFailed | Leaving:
         """Order it to become what it is for; the same again, if that was asked before. Raises ProcessDied."""

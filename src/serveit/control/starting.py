@@ -6,7 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, NamedTuple
 
 from serveit.control.orders import ActorName, DeployFailed, ReplicaOrder, StartFailed
-from serveit.control.processes import ended
+from serveit.control.processes import NoPlace, ended
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,8 +55,11 @@ class Starter:
         """
         order = self._order(replica)
         process = replica.process = launch(order)
-        if (lacking := await self._placed(app, replica, order)) is not None:
-            return DeployFailed(lacking)
+        try:
+            if (lacking := await self._placed(app, replica, order)) is not None:
+                return DeployFailed(lacking)
+        except NoPlace as error:
+            return DeployFailed(f"replica {replica.id} cannot start: {error}")
         # It may have been ready long ago: what it runs may end, though it has no time to answer now.
         replica.started = replica.adopted
         outcome = await process.start()
