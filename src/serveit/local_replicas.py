@@ -7,6 +7,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from serveit.control.snapshot import ReplicaInfo
+from serveit.control.tally import Tally
 from serveit.running.httpjob import Bindings
 from serveit.running.listener import Listener
 from serveit.running.replica import Replica
@@ -52,15 +53,18 @@ class LocalReplica:
 
 
 class LocalReplicas:
-    """All mutable state: `_replicas` (by id), `_numbers` (of the last one, by backend)."""
+    """All mutable state: `_replicas` (by id), `_numbers` (of the last one, by backend), `tally` (of those
+    that came and died)."""
 
-    def __init__(self, app: App, name: str, *, clock: Clock, observer: Observer, resolver: Resolver) -> None:
+    def __init__(
+        self, app: App, name: str, *, clock: Clock, observer: Observer | None, resolver: Resolver
+    ) -> None:
         """
         Args:
             app: what the user declared.
             name: of the app.
             clock: where time comes from.
-            observer: told what happens.
+            observer: told what happens, in the place of replicas' own meters.
             resolver: where user code finds handles.
         """
         self._app = app
@@ -70,6 +74,7 @@ class LocalReplicas:
         self._resolver = resolver
         self._replicas: dict[str, LocalReplica] = {}
         self._numbers: dict[str, int] = {}
+        self.tally = Tally()
 
     def all(self) -> list[LocalReplica]:
         return list(self._replicas.values())
@@ -135,7 +140,9 @@ class LocalReplicas:
     async def _start(self, known: LocalReplica) -> None:
         try:
             await known.start()
+            self.tally.started(known.backend)
         except Exception as error:
+            self.tally.died(known.backend)
             error.add_note(f"(while replica {known.replica.id} of app {self._name!r} started)")
             raise
 

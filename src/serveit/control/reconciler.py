@@ -275,12 +275,15 @@ class Reconciler:
                 self._end(app, replica)
                 return
         replica.become(outcome)
+        if not replica.adopted:
+            app.tally.started(replica.backend)
         logger.info("replica %s of app %r is ready (pid %d)", replica.id, app.name, outcome.pid)
         self.reconcile(app)
         assert replica.process is not None, "it has started"
         how = await replica.process.death()
         if replica.ending is None:
             del app.replicas[replica.id]
+            app.tally.died(replica.backend)
             logger.error("replica %s of app %r died: %s", replica.id, app.name, how)
             self._count(app, replica, f"replica {replica.id} died: {how}")
 
@@ -311,6 +314,7 @@ class Reconciler:
         """What raises while it starts fails the change that hangs on it, what dies in silence is tried
         again; where none does, it counts as a death."""
         del app.replicas[replica.id]
+        app.tally.died(replica.backend)
         if replica.process is not None:
             replica.process.kill()
         logger.error("app %r: %s", app.name, failed.text)

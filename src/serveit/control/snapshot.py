@@ -39,6 +39,10 @@ class BackendInfo(msgspec.Struct, frozen=True):
     """Why no replica is to come any more."""
     num_threads: int | None = None
     """Set where a long queue waits for threads: `def` functions that are not called with batches."""
+    num_started: int = 0
+    """Replicas that have become ready, ever."""
+    num_died: int = 0
+    """Replicas that ended though nobody ended them, ever."""
 
 
 class EndpointInfo(msgspec.Struct, frozen=True):
