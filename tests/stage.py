@@ -30,7 +30,7 @@ from serveit.control.orders import (
     StartFailed,
 )
 from serveit.control.processes import Node, ProcessDied
-from serveit.control.snapshot import EndpointInfo, RouteInfo, Snapshot
+from serveit.control.snapshot import AppInfo, EndpointInfo, RouteInfo, Snapshot
 from serveit.control.spec import AppSpec, BackendSpec
 from serveit.running.failures import failure_of
 from serveit.testing import ManualClock
@@ -592,6 +592,17 @@ def spec(
         owner=owner,
         id=id,
     )
+
+
+def uncounted(snapshot: Snapshot) -> list[AppInfo]:
+    """What serves, without how many replicas its controller has seen come and go."""
+    return [
+        msgspec.structs.replace(
+            app,
+            backends=tuple(msgspec.structs.replace(b, num_started=0, num_died=0) for b in app.backends),
+        )
+        for app in snapshot.apps
+    ]
 
 
 def scaled_to(number: int) -> BackendChange:

@@ -11,6 +11,7 @@ from serveit.calling.connection import MAX_STREAM, Connection
 from serveit.calling.exchange import Exchange, Phase
 from serveit.control.snapshot import ReplicaInfo
 from serveit.exceptions import ProtocolError, RemoteError, ReplicaDied
+from serveit.histogram import Histogram
 from serveit.wire.frames import (
     END,
     FREED,
@@ -21,6 +22,7 @@ from serveit.wire.frames import (
     Call,
     CallAnswer,
     Failure,
+    Figures,
     FrameType,
     Hello,
     Load,
@@ -578,3 +580,47 @@ async def test_flags_tell_streams_from_values(rig: Rig) -> None:
     answer = await exchange.answer
     assert answer.inflow is None
     assert answer.flags & STREAM
+
+
+# -- figures ---------------------------------------------------------------------------------
+
+
+def figures(requests: int) -> Figures:
+    return Figures(0, 0, requests, 0, {}, Histogram.of(()), Histogram.of(()), Histogram.of(()))
+
+
+async def test_figures_are_asked_for_once_and_shared(rig: Rig) -> None:
+    first, second = rig.connection.figures(), rig.connection.figures()
+    assert len(rig.replica.sent(FrameType.METRICS)) == 1
+    rig.replica.say(FrameType.METRICS, 0, figures(1))
+    assert (await first) == (await second) == figures(1)
+    third = rig.connection.figures()
+    assert len(rig.replica.sent(FrameType.METRICS)) == 2
+    rig.replica.say(FrameType.METRICS, 0, figures(2))
+    assert (await third).requests == 2
+
+
+async def test_figures_do_not_count_as_a_request(rig: Rig) -> None:
+    asked = rig.connection.figures()
+    assert (rig.connection.outstanding, rig.dispatcher.rooms) == (0, 0)
+    rig.replica.say(FrameType.METRICS, 0, figures(1))
+    assert (rig.connection.outstanding, rig.dispatcher.rooms) == (0, 0)
+    assert asked.done()
+
+
+async def test_who_waits_for_figures_hears_of_the_loss(rig: Rig) -> None:
+    asked = rig.connection.figures()
+    rig.replica.lose()
+    assert asked.cancelled()
+    with pytest.raises(ProtocolError, match="no link to r#1"):
+        rig.connection.figures()
+
+
+async def test_figures_that_come_again_are_dropped_and_those_never_asked_for_are_a_fault(rig: Rig) -> None:
+    other = Rig()
+    asked = rig.connection.figures()
+    rig.replica.say(FrameType.METRICS, 0, figures(1))
+    rig.replica.say(FrameType.METRICS, 0, figures(2))
+    assert (await asked).requests == 1
+    other.replica.say(FrameType.METRICS, 0, figures(1))
+    assert other.replica.closed and not rig.replica.closed

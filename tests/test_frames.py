@@ -13,6 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from serveit.exceptions import ProtocolError
+from serveit.histogram import Histogram
 from serveit.types import HttpRequest
 from serveit.wire.frames import (
     END,
@@ -25,6 +26,7 @@ from serveit.wire.frames import (
     Credit,
     Decoder,
     Failure,
+    Figures,
     Frame,
     FrameType,
     Hello,
@@ -53,6 +55,7 @@ MESSAGES: tuple[type[Message], ...] = (
     Failure,
     Refusal,
     Credit,
+    Figures,
 )
 
 streams = st.integers(0, 2**32 - 1)
@@ -155,7 +158,7 @@ def test_a_header_with_a_wild_length_is_refused_at_once(length: int) -> None:
             Decoder().feed(octets)
 
 
-@pytest.mark.parametrize("kind", [0, 17, 99, 255])
+@pytest.mark.parametrize("kind", [0, 18, 99, 255])
 def test_an_unknown_type_is_refused_at_once(kind: int) -> None:
     with pytest.raises(ProtocolError, match=f"unknown frame type {kind}"):
         Decoder().feed(HEADER.pack(4, kind, 0, 1))
@@ -309,6 +312,14 @@ http_request = st.builds(
     client=st.none() | st.tuples(text, small),
     server=st.none() | st.tuples(text, st.none() | small),
 )
+histogram = st.lists(st.tuples(st.floats(allow_nan=False), count), max_size=4).flatmap(
+    lambda buckets: st.builds(
+        Histogram,
+        bounds=st.just(tuple(bound for bound, _ in buckets)),
+        counts=st.just([0, *(number for _, number in buckets)]),
+        sum=st.floats(allow_nan=False),
+    )
+)
 any_message: st.SearchStrategy[Message] = st.one_of(
     st.builds(
         Hello,
@@ -340,6 +351,18 @@ any_message: st.SearchStrategy[Message] = st.one_of(
     ),
     st.builds(Refusal, others=small, reason=text, extra=extra),
     st.builds(Credit, octets=count, extra=extra),
+    st.builds(
+        Figures,
+        running=small,
+        waiting=small,
+        requests=small,
+        errors=small,
+        refusals=st.dictionaries(text, small, max_size=3),
+        queued=histogram,
+        processed=histogram,
+        batches=histogram,
+        extra=extra,
+    ),
 )
 
 
@@ -377,6 +400,13 @@ def test_mutated_metadata_is_a_message_or_a_protocol_error(
         assert isinstance(decode_message(type(message), carrying(bytes(meta))), type(message))
     except ProtocolError as error:
         assert "malformed" in str(error)
+
+
+def test_figures_with_a_histogram_that_contradicts_itself_are_refused() -> None:
+    odd = [[0.1], [1, 2, 3], 0.5]
+    meta = msgspec.msgpack.encode([0, 0, 0, 0, {}, odd, odd, odd, {}])
+    with pytest.raises(ProtocolError, match="malformed Figures metadata: a histogram of 1 bounds has not 3"):
+        decode_message(Figures, carrying(meta))
 
 
 def _extra(octets: bytes) -> bytes:

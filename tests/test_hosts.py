@@ -17,8 +17,16 @@ from serveit.cluster import hosts
 from serveit.cluster.hosts import ProxyHost, ReplicaHost, start_failed
 from serveit.cluster.shipping import pack
 from serveit.config import HTTPOptions
-from serveit.control.orders import ProxyOrder, ReplicaOrder, Started, StartFailed, parse_place
-from serveit.control.snapshot import Snapshot
+from serveit.control.orders import (
+    Place,
+    ProxyOrder,
+    ReplicaOrder,
+    Started,
+    StartFailed,
+    parse_place,
+    place_text,
+)
+from serveit.control.snapshot import ReplicaInfo, Snapshot
 from serveit.exceptions import NotServing
 from serveit.wire.channel import Channel, connect
 from serveit.wire.frames import (
@@ -292,6 +300,36 @@ class TestProxy:
         await host.aclose(1.0)
         assert isinstance(outcome, Started)
         assert outcome.address.startswith("http://127.0.0.1:")
+
+    @pytest.mark.parametrize(
+        ("location", "is_first", "told", "tells_of_starts"),
+        [
+            ("HeadOnly", True, {"b#1", "b#2"}, True),
+            ("HeadOnly", False, {"b#1", "b#2"}, True),
+            ("EveryNode", True, {"b#1"}, True),
+            ("EveryNode", False, {"b#1"}, False),
+        ],
+    )
+    async def test_whose_metrics_it_exposes(
+        self,
+        watches: list[FakeWatch],
+        location: str,
+        is_first: bool,
+        told: set[str],
+        tells_of_starts: bool,
+    ) -> None:
+        order = msgspec.structs.replace(proxy_order(location=location), node="n1", is_first=is_first)
+        host = ProxyHost(order, object())
+        places = {"b#1": Place("n1", "unix:/1"), "b#2": Place("n2", "unix:/2")}
+        replicas = [ReplicaInfo(id, place_text(place)) for id, place in places.items()]
+        try:
+            outcome = await host.start()
+            scope = host._ingress.exposes
+        finally:
+            await host.aclose(1.0)
+        assert isinstance(outcome, Started)
+        assert {replica.id for replica in replicas if scope.has(replica)} == told
+        assert scope.is_first is tells_of_starts
 
     async def test_an_address_that_is_taken_is_told(self, watches: list[FakeWatch]) -> None:
         holding = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)

@@ -11,6 +11,8 @@ import pytest
 from serveit import App, BackendConfig, context
 from serveit.exceptions import ProtocolError
 from serveit.running import listener as listener_module
+from serveit.running.httpjob import Bindings
+from serveit.running.listener import Listener
 from serveit.types import HttpRequest
 from serveit.wire.frames import (
     END,
@@ -20,6 +22,8 @@ from serveit.wire.frames import (
     Call,
     CallAnswer,
     Credit,
+    Figures,
+    Frame,
     FrameType,
     Load,
     Request,
@@ -28,7 +32,7 @@ from serveit.wire.frames import (
 )
 from serveit.wire.pickles import dump
 from serveit.wire.streams import WINDOW, cost
-from tests.callers import Caller, StepClock, running
+from tests.callers import Caller, RecordingLink, StepClock, running
 from tests.support import wait_until
 
 
@@ -375,3 +379,30 @@ def check_order(kinds: list[FrameType]) -> None:
     if FrameType.ANSWER in kinds:
         assert FrameType.DATA not in kinds[: kinds.index(FrameType.ANSWER)]
     assert kinds.count(FrameType.ANSWER) <= 1
+
+
+async def test_figures_are_told_while_the_replica_is_full() -> None:
+    may_end = asyncio.Event()
+
+    async def wait() -> None:
+        await may_end.wait()
+
+    async with running(wait, max_ongoing_requests=1) as replica:
+        caller = Caller(replica)
+        streams = [caller.call(), caller.call()]
+        caller.receive(FrameType.METRICS, 0)
+        (frame,) = (frame for frame in caller.link.of(0) if frame.type == FrameType.METRICS)
+        told = decode_message(Figures, frame)
+        assert (told.requests, told.running, told.waiting) == (2, 1, 1)
+        may_end.set()
+        for stream in streams:
+            await caller.result(stream)
+        assert (told.errors, replica.statistics().running) == (0, 0), "it took no slot"
+
+
+async def test_a_proxy_may_ask_for_figures() -> None:
+    async with running(echo) as replica:
+        link = RecordingLink()
+        listener = Listener(replica, Bindings(replica.backend), link, may_call=False)
+        listener.frame_received(Frame(FrameType.METRICS, 0, 0, b"", b""))
+        assert [frame.type for frame in link.sent] == [FrameType.METRICS]

@@ -260,6 +260,11 @@ class TestOpen:
             SECOND.id: {"address": "127.0.0.3", "url": "http://2:1002/a:b", "state": "ready"},
         }
 
+    async def test_each_is_told_whether_it_is_the_heads(self, stage: Stage) -> None:
+        await stage.open()
+        (head,), (other,) = stage.launcher.on(HEAD), stage.launcher.on(SECOND)
+        assert (head.order.is_first, other.order.is_first) == (True, False)
+
     async def test_waits_for_the_first_attempt_on_each_node(self, stage: Stage) -> None:
         stage.launcher.eager = False
         opening = stage.begin(stage.proxies.open(None, proxy_order()))

@@ -12,7 +12,7 @@ from serveit.control.orders import ActorName, Deployed, DeployFailed, Place, Rep
 from serveit.control.owners import RETURN_S
 from serveit.control.reconciler import ADOPT_S, MAX_SILENT_DEATHS, STRAY_DRAIN_S
 from serveit.exceptions import NotServing
-from tests.stage import LONG_S, PID, Stage, scaled_to, spec, staged, version_of
+from tests.stage import LONG_S, PID, Stage, scaled_to, spec, staged, uncounted, version_of
 from tests.test_controller import proxy_order
 
 
@@ -204,10 +204,13 @@ class TestTheInstance:
         before, secret = stage.controller.snapshot, stage.controller.secret
         await stage.follow()
         assert stage.controller.secret == secret
-        assert stage.controller.snapshot.apps == before.apps
+        assert uncounted(stage.controller.snapshot) == uncounted(before)
         assert stage.controller.snapshot.version > before.version
         assert stage.controller.snapshot.version[0] > before.version[0]
-        assert [s.apps for s in stage.witness.snapshots] == [before.apps], (
+        assert [backend.num_started for app in before.apps for backend in app.backends] == [2, 1]
+        counts = [b.num_started for app in stage.controller.snapshot.apps for b in app.backends]
+        assert counts == [0, 0], "each controller counts from 0"
+        assert [uncounted(s) for s in stage.witness.snapshots] == [uncounted(before)], (
             "nothing was told before it was known"
         )
         assert stage.running == ["b#1", "b#2", "c#3"]
@@ -255,9 +258,9 @@ class TestTheInstance:
         await stage.controller.update("app", "b", scaled_to(2))
         await stage.controller.reroute("app", "/b", {"b": 0.5, "c": 0.5}, {})
         await stage.clock.settle()
-        before = stage.controller.snapshot.apps
+        before = stage.controller.snapshot
         await stage.follow()
-        assert stage.controller.snapshot.apps == before
+        assert uncounted(stage.controller.snapshot) == uncounted(before)
         assert stage.controller.describe("app").backend("b").num_replicas == 2
 
     async def test_that_another_serveit_has_left_is_refused(self, stage: Stage) -> None:

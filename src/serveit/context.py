@@ -80,6 +80,12 @@ def inherited_deadline() -> float | None:
     return found.deadline if found is not None else None
 
 
+def is_nested() -> bool:
+    """Whether the code that runs now is that of a request in a replica of this process."""
+    found = _current.get()
+    return found is not None and bool(found.request_id)
+
+
 def enter(current: Context, resolver: Resolver | None) -> None:
     """Set what the running task (or copied context) sees from here on."""
     _current.set(current)

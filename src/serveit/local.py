@@ -67,14 +67,14 @@ class LocalRuntime:
             prefix: in front of all its paths.
             http: of the server.
             clock: where time comes from; None for the event loop's.
-            observer: told what happens in replicas and routers.
+            observer: told what happens in replicas and routers, in the place of replicas' own meters.
         """
         self.app = app
         self.name = name
         self.prefix = prefix
         self.http = http
         self._clock = clock
-        self._observer = observer or NullObserver()
+        self._observer = observer
         self._version = 1
         self._published = 0
         self._healer = Healer(self)
@@ -257,7 +257,7 @@ class LocalRuntime:
             connect=self._connect,
             clock=self.clock,
             wheel=self._wheel,
-            observer=self._observer,
+            observer=self._observer or NullObserver(),
         )
 
     def _check_open(self) -> None:
@@ -282,7 +282,8 @@ class LocalRuntime:
     async def _publish(self) -> None:
         """Tell the directories and the ingress, as a controller would with a snapshot."""
         async with self._publishing:
-            info = self._healer.told(self._spec.published(self._replicas.infos()))
+            published = self._spec.published(self._replicas.infos())
+            info = self._healer.told(self._replicas.tally.told(published))
             await self._for_http.update(info)
             await self._for_handles.update(info)
             self._published += 1

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from serveit.control.snapshot import ReplicaInfo
+from serveit.control.tally import Tally
 from serveit.running.health import Checkup
 from serveit.running.httpjob import Bindings
 from serveit.running.listener import Listener
@@ -63,7 +64,8 @@ class LocalReplica:
 
 
 class LocalReplicas:
-    """All mutable state: `_replicas` (by id), `_numbers` (of the last one, by backend)."""
+    """All mutable state: `_replicas` (by id), `_numbers` (of the last one, by backend), `tally` (of those
+    that came and died)."""
 
     def __init__(
         self,
@@ -71,7 +73,7 @@ class LocalReplicas:
         name: str,
         *,
         clock: Clock,
-        observer: Observer,
+        observer: Observer | None,
         resolver: Resolver,
         on_illness: Callable[[LocalReplica, Health], None],
     ) -> None:
@@ -80,7 +82,7 @@ class LocalReplicas:
             app: what the user declared.
             name: of the app.
             clock: where time comes from.
-            observer: told what happens.
+            observer: told what happens, in the place of replicas' own meters.
             resolver: where user code finds handles.
             on_illness: told of a replica that is not to be used any more.
         """
@@ -92,6 +94,7 @@ class LocalReplicas:
         self._on_illness = on_illness
         self._replicas: dict[str, LocalReplica] = {}
         self._numbers: dict[str, int] = {}
+        self.tally = Tally()
 
     def all(self) -> list[LocalReplica]:
         return list(self._replicas.values())
@@ -138,9 +141,13 @@ class LocalReplicas:
             resolver=self._resolver,
         )
         made = self._replicas[id] = LocalReplica(
-            replica, LiveSettings(declared.config, settings), self._on_illness
+            replica, LiveSettings(declared.config, settings), self._fell_ill
         )
         return made
+
+    def _fell_ill(self, known: LocalReplica, health: Health) -> None:
+        self.tally.died(known.backend)
+        self._on_illness(known, health)
 
     async def start(self, replicas: Collection[LocalReplica]) -> None:
         """Start all of these at once; raises what the first one that fails has raised."""
@@ -161,7 +168,9 @@ class LocalReplicas:
     async def _start(self, known: LocalReplica) -> None:
         try:
             await known.start()
+            self.tally.started(known.backend)
         except Exception as error:
+            self.tally.died(known.backend)
             error.add_note(f"(while replica {known.replica.id} of app {self._name!r} started)")
             raise
 

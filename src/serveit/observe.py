@@ -20,6 +20,9 @@ class Observer(Protocol):
     def finished(self, backend: str, replica: str, ran_s: float, error: BaseException | None) -> None:
         """A request that was started ended and left its slot; `error` is None if it was answered."""
 
+    def failed(self, backend: str, replica: str, error: BaseException) -> None:
+        """A request that was admitted ends with an error, started or not."""
+
     def refused(self, backend: str, where: str, reason: str) -> None:
         """A router ("router") or replica (its id) refused a request: "full", "draining"."""
 
@@ -37,6 +40,8 @@ class NullObserver:
     def batch(self, backend: str, replica: str, size: int) -> None: ...
 
     def finished(self, backend: str, replica: str, ran_s: float, error: BaseException | None) -> None: ...
+
+    def failed(self, backend: str, replica: str, error: BaseException) -> None: ...
 
     def refused(self, backend: str, where: str, reason: str) -> None: ...
 

@@ -29,6 +29,7 @@ from tests.cluster.drivers import driver
 from tests.cluster.instance import KEEPER, Instance
 from tests.cluster.nodes import free_port, listens, nodes_environment
 from tests.commands import fetch
+from tests.scrapes import Scrape
 from tests.support import wait_until
 
 pytestmark = pytest.mark.cluster
@@ -172,6 +173,29 @@ def wait_for_the_rest(address: str, port: int, gone: str) -> None:
         in_a_row = in_a_row + 1 if answer == address else 0
 
 
+def check_that_metrics_count_once(port: int) -> None:
+    """Both servers together tell of everything, and neither of what the other tells of."""
+
+    def scrapes() -> list[Scrape]:
+        return [Scrape(fetch(f"http://{address}:{port}/-/metrics"), "nodes") for address in (HEAD, SECOND)]
+
+    before = scrapes()
+    for _ in range(10):
+        answers(HEAD, port)
+    for _ in range(5):
+        answers(SECOND, port)
+    after = scrapes()
+    pairs = list(zip(after, before, strict=True))
+    told = [new.since(old, "serveit_http_requests_total", "route", "status") for new, old in pairs]
+    assert told == [{("/where", "200"): 10}, {("/where", "200"): 5}]
+    ran = [new.since(old, "serveit_replica_requests_total", "replica") for new, old in pairs]
+    assert sum(sum(each.values()) for each in ran) == 15
+    up = [new.values("serveit_replica_up", "replica") for new in after]
+    assert [list(each.values()) for each in up] == [[1], [1]] and up[0].keys() != up[1].keys()
+    starts = [new.values("serveit_replica_starts_total", "backend") for new in after]
+    assert starts == [{("where",): 2}, {}], "the head's tells what the controller counts"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere 127.0.0.1 is the only address on loopback")
 @pytest.mark.timeout(180)
 def test_a_server_on_every_node_on_none_and_on_the_head(environment: dict[str, str], tmp_path: Path) -> None:
@@ -187,6 +211,7 @@ def test_a_server_on_every_node_on_none_and_on_the_head(environment: dict[str, s
         assert running.says("updated") == "2"
         for address in BOTH:
             wait_for_answers(address, port, BOTH, LEAVE_S)
+        check_that_metrics_count_once(port)
 
         running.go_on()
         assert running.says("removed") == SECOND

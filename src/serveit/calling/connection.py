@@ -6,6 +6,7 @@ Hot path: `send` and `frame_received` once per request and answer each. The repl
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,6 +20,7 @@ from serveit.wire.frames import (
     FREED,
     Credit,
     Failure,
+    Figures,
     Frame,
     FrameType,
     Load,
@@ -65,7 +67,8 @@ class Connection:
     None once given up), `_inflows` (bodies still coming in), `_freed` (open streams whose slot is
     free already), `outstanding` (slots that this router holds or asked for there), `others` (what
     the replica last said that it runs for everybody else), `draining` (the replica takes nothing
-    new), `retired` (no snapshot names it any more), `_ceiling` (see `_refused`).
+    new), `retired` (no snapshot names it any more), `_ceiling` (see `_refused`), `_figures` (what the
+    replica was last asked to tell of itself).
     """
 
     def __init__(self, replica: ReplicaInfo, limit: int, prefetch: int, dispatcher: Dispatcher) -> None:
@@ -83,6 +86,7 @@ class Connection:
         self._freed: set[int] = set()
         self._next_stream = 1
         self._ceiling = sys.maxsize
+        self._figures: asyncio.Future[Figures] | None = None
 
     def __repr__(self) -> str:
         if self.retired:
@@ -186,6 +190,19 @@ class Connection:
         if exchange.outflow is not None:
             exchange.outflow.abort(ReplicaDied("the request was cancelled"))
 
+    def figures(self) -> asyncio.Future[Figures]:
+        """Ask the replica what it has counted; who asks before it has answered shares the answer. Cancelled
+        when the link is lost.
+
+        Raises:
+            ProtocolError: there is no link.
+        """
+        if self._figures is None or self._figures.done():
+            link = self._open_link
+            self._figures = asyncio.get_running_loop().create_future()
+            link.send(FrameType.METRICS, 0)
+        return self._figures
+
     # -- wire.link.Receiver ------------------------------------------------------------------
 
     def frame_received(self, frame: Frame) -> None:
@@ -199,6 +216,10 @@ class Connection:
             self._dispatcher.room_made(self)  # its link may have been stale
         elif kind == FrameType.GOAWAY:
             self._drains()
+        elif kind == FrameType.METRICS and self._figures is not None:
+            figures = decode_message(Figures, frame)
+            if not self._figures.done():
+                self._figures.set_result(figures)
         elif kind not in _HARMLESS:
             raise ProtocolError(f"a frame of type {kind} that no replica sends on stream {stream} now")
 
@@ -211,6 +232,8 @@ class Connection:
         for inflow in self._inflows.values():
             inflow.fail(ReplicaDied(f"replica {self.replica.id} was lost in the middle of its answer"))
         self._inflows.clear()
+        if self._figures is not None:
+            self._figures.cancel()
         self._dispatcher.lost(self, lost)
 
     def _answer(self, frame: Frame, exchange: Exchange | None) -> None:

@@ -19,7 +19,7 @@ from serveit.calling.choice import choose
 from serveit.calling.connection import Connection
 from serveit.calling.exchange import Exchange, Phase
 from serveit.calling.retries import Retries
-from serveit.context import context
+from serveit.context import is_nested
 from serveit.exceptions import (
     DeadlineExceeded,
     Draining,
@@ -29,7 +29,7 @@ from serveit.exceptions import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Sequence
     from contextvars import Context
 
     from serveit.clock import DeadlineWheel
@@ -53,6 +53,8 @@ class RouterStatistics:
     waiting: int
     outstanding: int
     replicas_ready: int
+    refused: int = 0
+    """Since its start, for the queue was full."""
 
 
 class Router:
@@ -61,8 +63,9 @@ class Router:
     All mutable state: `_connections` (by replica id) and `_ring` (the same, to draw from), `_queue`
     (who waits, oldest first: exactly the exchanges in phase WAITING, and the context of the code that
     waits for them), `_retries`, `_ending` (all replicas that the snapshot names are going away), `_guarded`
-    (only running requests may still call), `_closed` (nobody may), `_hinted` (the hint at `num_threads`
-    has been given). With `replaced` others come in the place of replicas that go away.
+    (only running requests may still call), `_closed` (nobody may), `_refused` (so often, for the queue was
+    full), `_hinted` (the hint at `num_threads` has been given). With `replaced` others come in the place
+    of replicas that go away.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class Router:
         self._ring: list[Connection] = []
         self._queue: OrderedDict[Exchange, Context | None] = OrderedDict()
         self._retries = Retries(clock.time)
+        self._refused = 0
         self._closed = False
         self._guarded = False
         self._ending = False
@@ -117,7 +121,13 @@ class Router:
             waiting=len(self._queue),
             outstanding=sum(connection.outstanding for connection in self._ring),
             replicas_ready=sum(connection.ready for connection in self._ring),
+            refused=self._refused,
         )
+
+    @property
+    def connections(self) -> Sequence[Connection]:
+        """To the replicas, those that leave included."""
+        return self._ring
 
     # -- from whoever has the snapshots ------------------------------------------------------
 
@@ -153,7 +163,7 @@ class Router:
         self._guarded = True
         # Of those that had been sent it is not known: they may go on.
         waiting = [(exchange, code) for exchange, code in self._queue.items() if code is not None]
-        self._end_waiting([exchange for exchange, code in waiting if not code.run(_is_nested)])
+        self._end_waiting([exchange for exchange, code in waiting if not code.run(is_nested)])
 
     def retire(self) -> None:
         """The backend is gone: fail what waits, let what is under way end, then close the links."""
@@ -306,7 +316,7 @@ class Router:
     def _check_open(self) -> None:
         if self._closed:
             raise NotServing(f"backend {self.info.name!r} has been shut down")
-        if not _is_nested():
+        if not is_nested():
             raise self._shut_down()
 
     # -- decisions ---------------------------------------------------------------------------
@@ -315,6 +325,7 @@ class Router:
         if self._ending:
             raise self._shut_down()
         if len(self._queue) >= self.max_queued_requests:
+            self._refused += 1
             self._observer.refused(self.info.name, "router", "full")
             raise QueueFull(
                 f"{len(self._queue)} requests to backend {self.info.name!r} are waiting already "
@@ -391,11 +402,3 @@ class Router:
         if phase in (Phase.WAITING, Phase.QUEUED):
             return DeadlineExceeded(f"still waiting for a slot of backend {name!r}", executed="no")
         return DeadlineExceeded(f"backend {name!r} did not answer in time", executed="maybe")
-
-
-def _is_nested() -> bool:
-    """Whether the code that runs now is that of a request in a replica of this process."""
-    try:
-        return bool(context().request_id)
-    except NotServing:
-        return False

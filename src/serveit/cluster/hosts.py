@@ -33,6 +33,7 @@ from serveit.control.orders import (
     ReplicaOrder,
     Started,
     StartFailed,
+    parse_place,
     place_text,
 )
 from serveit.exceptions import ServeitError
@@ -51,6 +52,7 @@ from serveit.wire.pickles import dump_exception
 
 if TYPE_CHECKING:
     from serveit.control.snapshot import Snapshot
+    from serveit.web.exposition import Scope
     from serveit.web.proxy import Proxy
     from serveit.wire.channel import Channel, Listening
     from serveit.wire.link import Receiver
@@ -246,7 +248,7 @@ class ProxyHost:
                 default_queue=HTTP_QUEUE,
                 on_snapshot=self._updated,
             )
-            self._ingress = Ingress(options, watch.directories, watch.clock)
+            self._ingress = Ingress(options, watch.directories, watch.clock, self._scope(options))
             proxy = Proxy(options, self._ingress)
             await proxy.start()
             self._watch, self._proxy = watch, proxy
@@ -255,6 +257,15 @@ class ProxyHost:
             return start_failed(error, "the HTTP server")
         settle()
         return Started(os.getpid(), proxy.url)
+
+    def _scope(self, options: HTTPOptions) -> Scope:
+        """Where every node has a server, each exposes the metrics of its own node's replicas."""
+        from serveit.web.exposition import EVERYTHING, Scope
+
+        if options.location != "EveryNode":
+            return EVERYTHING
+        node = self._order.node
+        return Scope(lambda replica: parse_place(replica.address).node == node, self._order.is_first)
 
     def _updated(self, snapshot: Snapshot) -> None:
         self._ingress.update(snapshot)

@@ -12,6 +12,7 @@ from serveit.control.checkpoint import AppRecord
 from serveit.control.orders import Deployed, DeployFailed, Deploying
 from serveit.control.plan import ReplicaState, is_complete, is_proven
 from serveit.control.snapshot import ReplicaInfo
+from serveit.control.tally import Tally
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,7 +31,7 @@ class RunningApp:
     None before the first one is up), `replicas` (by id), `outcome` (what becomes of the last change),
     `failed` (why the last one has), `before` (backends as they were before that change),
     `moved` (set, and replaced, whenever something of this may have changed), `timer` (to look again),
-    `leaving` (it has been deleted: what runs may end, and still finds what it calls).
+    `leaving` (it has been deleted: what runs may end, and still finds what it calls), `tally`.
     """
 
     def __init__(self, target: Version) -> None:
@@ -43,6 +44,7 @@ class RunningApp:
         self.moved = asyncio.Event()
         self.timer: Timer | None = None
         self.leaving = False
+        self.tally = Tally()
 
     def __repr__(self) -> str:
         return (
@@ -268,7 +270,7 @@ class RunningApp:
             for backend in info.backends
         )
         info = msgspec.structs.replace(info, backends=(*known, *more))
-        return msgspec.structs.replace(info, routes=()) if self.leaving else info
+        return self.tally.told(msgspec.structs.replace(info, routes=()) if self.leaving else info)
 
     @property
     def progress(self) -> Deploying:

@@ -198,7 +198,11 @@ class Keeper:
         if self.url is not None:
             options["port"] = urlsplit(self.url).port
         return msgspec.structs.replace(
-            self._order, id=self.id, node=self.node.id, options=msgspec.json.encode(options)
+            self._order,
+            id=self.id,
+            node=self.node.id,
+            is_first=self.node.is_head,
+            options=msgspec.json.encode(options),
         )
 
 

@@ -97,6 +97,8 @@ class ProxyOrder(msgspec.Struct, frozen=True):
     log_level: str = "info"
     node: str = ""
     """The id of the node that it serves on."""
+    is_first: bool = True
+    """Whether that is the head node."""
 
 
 class Started(msgspec.Struct, frozen=True, tag=True):

@@ -276,6 +276,8 @@ class Reconciler:
                 self._end(app, replica)
                 return
         replica.become(outcome)
+        if not replica.adopted:
+            app.tally.started(replica.backend)
         logger.info("replica %s of app %r is ready (pid %d)", replica.id, app.name, outcome.pid)
         self.reconcile(app)
         last = await last_of(replica, self._clock)
@@ -283,6 +285,7 @@ class Reconciler:
             return
         if isinstance(last, str):
             del app.replicas[replica.id]
+            app.tally.died(replica.backend)
             logger.error("replica %s of app %r died: %s", replica.id, app.name, last)
             self._count(app, replica, f"replica {replica.id} died: {last}")
         else:
@@ -294,6 +297,7 @@ class Reconciler:
         what = "killing it" if health.hangs else "another takes its place"
         logger.error("replica %s of app %r is unhealthy: %s; %s", replica.id, app.name, health.illness, what)
         replica.health = health
+        app.tally.died(replica.backend)
         self._end(app, replica)
         self._count(app, replica, f"replica {replica.id} was unhealthy: {health.illness}")
 
@@ -324,6 +328,7 @@ class Reconciler:
         """What raises while it starts fails the change that hangs on it, what dies in silence is tried
         again; where none does, it counts as a death."""
         del app.replicas[replica.id]
+        app.tally.died(replica.backend)
         if replica.process is not None:
             replica.process.kill()
         logger.error("app %r: %s", app.name, failed.text)

@@ -41,6 +41,10 @@ class BackendInfo(msgspec.Struct, frozen=True):
     """Set where a long queue waits for threads: `def` functions that are not called with batches."""
     idempotent: bool = False
     """Whether a request that may have run may run again."""
+    num_started: int = 0
+    """Replicas that have become ready, ever."""
+    num_died: int = 0
+    """Replicas that ended though nobody ended them, ever."""
 
 
 class EndpointInfo(msgspec.Struct, frozen=True):

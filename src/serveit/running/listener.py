@@ -119,6 +119,8 @@ class Listener:
                 job.reply.credited(decode_message(Credit, frame).octets)
         elif kind == FrameType.RESERVE and self._may_call and self._reservations is not None:
             self._reserve(frame.stream, decode_message(Reserve, frame), self._reservations)
+        elif kind == FrameType.METRICS:
+            self._tell_figures()
         elif kind != FrameType.PING:
             raise ProtocolError(f"a caller must not send frames of type {kind}")
 
@@ -132,6 +134,11 @@ class Listener:
     def go_away(self) -> None:
         """Tell the caller that the replica takes nothing new."""
         self._link.send(FrameType.GOAWAY, 0)
+
+    def _tell_figures(self) -> None:
+        replica = self._replica
+        figures = replica.meter.figures(replica.statistics())
+        self._link.send(FrameType.METRICS, 0, encode_message(figures))
 
     def _reserve(self, stream: int, message: Reserve, reservations: Reservations) -> None:
         self._check_new(stream)

@@ -16,16 +16,17 @@ from typing import TYPE_CHECKING, Any
 from serveit.context import Context, Resolver, enter
 from serveit.declare.encoding import is_stream
 from serveit.exceptions import DeadlineExceeded, Draining, ServeitError
-from serveit.observe import NullObserver, Observer
 from serveit.running.admission import Admission
 from serveit.running.batches import Batches
 from serveit.running.failures import Cancelled
 from serveit.running.instance import Instance
 from serveit.running.job import Job, JobState
+from serveit.running.meter import ReplicaMeter
 
 if TYPE_CHECKING:
     from serveit.config import BackendConfig
     from serveit.declare.backend import BackendRecord, Method
+    from serveit.observe import Observer
     from serveit.types import Clock
 
 logger = logging.getLogger("serveit.replica")
@@ -72,7 +73,7 @@ class Replica:
             id: unique in the instance.
             app: the app's name.
             clock: where time comes from.
-            observer: told what happens.
+            observer: told what happens, in the place of the replica's own meter.
             resolver: where user code finds handles.
             on_exit: called when user code raised SystemExit or KeyboardInterrupt, once its request
                 is answered; without it the replica goes on.
@@ -82,7 +83,8 @@ class Replica:
         self.config: BackendConfig = backend.config
         self.clock = clock
         self.instance = Instance(backend)
-        self.observer = observer or NullObserver()
+        self.meter = ReplicaMeter()
+        self.observer: Observer = observer or self.meter
         self._resolver = resolver
         self._on_exit = on_exit
         self._context = Context(app, backend.name, id)
@@ -321,6 +323,7 @@ class Replica:
 
     def end(self, job: Job, error: BaseException) -> None:
         """The job has failed."""
+        self.observer.failed(self.backend.name, self.id, error)
         self._release(job)
         job.fail(error)
         self.done(job)

@@ -9,14 +9,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NoReturn, cast
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, cast
 from urllib.parse import quote
 
 from serveit.calling.exchange import Exchange
 from serveit.declare.conversion import shorten
 from serveit.exceptions import BodyTooLarge, Draining, ServeitError
 from serveit.types import HttpRequest
+from serveit.web.exposition import EVERYTHING, Exposition
 from serveit.web.head import REQUEST_ID, Head, Unsendable, read_head
+from serveit.web.metering import RouteMeter, RouteMeters
 from serveit.web.presence import AnswerBroken, Presence, presence_of
 from serveit.web.problems import WITHOUT_BODY, Problem, RequestFailed, problem, problem_of, send_problem
 from serveit.web.table import Found, Redirect, RouteTable, WrongMethod
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from serveit.config import HTTPOptions
     from serveit.control.snapshot import Snapshot
     from serveit.types import Clock, HeaderList
+    from serveit.web.exposition import Scope as MetricsScope
     from serveit.wire.frames import Message
 
 logger = logging.getLogger("serveit.web")
@@ -43,6 +46,16 @@ _FRAMING = (b"content-length", b"transfer-encoding")
 
 class ClientGone(Exception):
     """The client left before it had its answer."""
+
+
+class Own(NamedTuple):
+    """A path under /-/ is the instance's own."""
+
+    path: str
+
+
+Unfound = Own | Redirect | WrongMethod | None
+"""What else a path may lead to."""
 
 
 class RequestExchange(Exchange):
@@ -61,55 +74,71 @@ class Ingress:
         table: the routes.
         ready: whether the instance takes requests; what /-/readyz says.
         stopping: from now on, who is cancelled is so by the server, and answered 503.
+        exposes: whose metrics it gives.
     """
 
-    def __init__(self, options: HTTPOptions, directories: Mapping[str, Directory], clock: Clock) -> None:
+    def __init__(
+        self,
+        options: HTTPOptions,
+        directories: Mapping[str, Directory],
+        clock: Clock,
+        exposes: MetricsScope = EVERYTHING,
+    ) -> None:
         """
         Args:
             options: of the HTTP servers.
             directories: by app name; followed as it changes.
             clock: the one of the directories' routers.
+            exposes: whose metrics it gives.
         """
         self.table = RouteTable()
         self.ready = False
         self.stopping = False
+        self.exposes = exposes
         self._options = options
         self._directories = directories
-        self._views = Views(directories)
+        self._meters = RouteMeters()
+        self._views = Views(directories, Exposition(directories, self._meters, exposes))
+        self._own_meter = RouteMeter("", "/-/")  # exposed to nobody: probes are no traffic
         self._now = clock.time
 
     def update(self, snapshot: Snapshot) -> None:
         self.table = RouteTable(snapshot.apps)
+        self._meters.follow(self.table.entries)
         self.ready = bool(snapshot.apps)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             raise RuntimeError(f"serveit's ingress speaks HTTP, not {scope['type']}")
+        begun = self._now()
         head = read_head(scope["headers"])
-        if not self._options.access_log:
-            await self._respond(scope, head, receive, send)
-            return
-        started = self._now()
+        found = self._find(scope)
+        if type(found) is Found:
+            meter = self._meters.by_order[found.entry.order]
+        else:
+            meter = self._own_meter if type(found) is Own else self._meters.unmatched
+        meter.in_flight += 1
         status = 500
         try:
-            status = await self._respond(scope, head, receive, send)
+            status = await self._respond(found, scope, head, receive, send)
         finally:
-            ran_ms = (self._now() - started) * 1000
-            access_logger.info(
-                "%s %s %d %.1f ms %s", scope["method"], scope["path"], status, ran_ms, head.request_id
-            )
+            took_s = self._now() - begun
+            meter.end(scope["method"], status, took_s)
+            if self._options.access_log:
+                _log(scope, head, status, took_s)
 
-    async def _respond(self, scope: Scope, head: Head, receive: Receive, send: Send) -> int:
-        """Answer the request; returns the status for the access log."""
+    async def _respond(
+        self, found: Found | Unfound, scope: Scope, head: Head, receive: Receive, send: Send
+    ) -> int:
+        """Answer the request; returns the status for the log and the metrics."""
         presence = presence_of(scope, receive)
         unread = head.has_body
         try:
-            found = self._find(scope)
-            if not isinstance(found, Problem):
+            if isinstance(found, Found):
                 body = await self._read_body(head, receive, presence)
                 unread = False
                 return await self._run(found, scope, head, body, presence, send)
-            answer = found
+            answer = await self._answer(found, scope, head)
         except ClientGone:
             return 499
         except AnswerBroken:
@@ -128,16 +157,18 @@ class Ingress:
 
     # -- asking ------------------------------------------------------------------------------
 
-    def _find(self, scope: Scope) -> Found | Problem:
-        path, method = route_path(scope), scope["method"]
-        if path.startswith("/-/"):
-            return self._views.answer(method, path, self.table, self.ready)
-        found = self.table.match(method, path)
-        if isinstance(found, Found):
-            return found
+    def _find(self, scope: Scope) -> Found | Unfound:
+        path = route_path(scope)
+        return Own(path) if path.startswith("/-/") else self.table.match(scope["method"], path)
+
+    async def _answer(self, found: Unfound, scope: Scope, head: Head) -> Problem:
+        """The answer to what no route takes."""
+        method = scope["method"]
+        if isinstance(found, Own):
+            return await self._views.answer(method, found.path, head.headers, self.table, self.ready)
         if isinstance(found, Redirect):
             return Problem(307, [(b"location", _location(scope, found.path)), (b"content-length", b"0")], b"")
-        shown = repr(shorten(path, MAX_SHOWN_PATH))
+        shown = repr(shorten(route_path(scope), MAX_SHOWN_PATH))
         if isinstance(found, WrongMethod):
             allow = ", ".join(found.allow)
             detail = f"{method} is not among the methods of {shown}: {allow}"
@@ -274,6 +305,11 @@ class Ingress:
                 exc_info=error,
             )
         return problem_of(error, debug=self._options.debug)
+
+
+def _log(scope: Scope, head: Head, status: int, took_s: float) -> None:
+    method, path = scope["method"], scope["path"]
+    access_logger.info("%s %s %d %.1f ms %s", method, path, status, took_s * 1000, head.request_id)
 
 
 async def _pass_on(answer: Answer[Message], presence: Presence, send: Send) -> None:

@@ -12,31 +12,43 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from serveit.calling.directory import Directory
+    from serveit.types import HeaderList
+    from serveit.web.exposition import Exposition
     from serveit.web.table import RouteTable
 
 
+METRICS = "/-/metrics"
+
+
 class Views:
-    """Answers from what this process knows; asks no replica."""
+    """Answers from what this process knows; only for its metrics are replicas asked."""
 
-    def __init__(self, directories: Mapping[str, Directory]) -> None:
+    def __init__(self, directories: Mapping[str, Directory], exposition: Exposition) -> None:
         self._directories = directories
+        self._exposition = exposition
         self._views = {"/-/routes": _routes, "/-/healthz": _healthz, "/-/readyz": self._readyz}
+        self._paths = sorted((*self._views, METRICS))
 
-    def answer(self, method: str, path: str, table: RouteTable, ready: bool) -> Problem:
+    async def answer(
+        self, method: str, path: str, headers: HeaderList, table: RouteTable, ready: bool
+    ) -> Problem:
         """The answer for a path under /-/.
 
         Args:
             method: of the request.
             path: the whole of it.
+            headers: the request's.
             table: the routes.
             ready: whether the instance as a whole takes requests.
         """
-        view = self._views.get(path)
-        if view is None:
-            return problem(404, f"no such path; under /-/ there are {', '.join(sorted(self._views))}")
+        if path not in self._paths:
+            return problem(404, f"no such path; under /-/ there are {', '.join(self._paths)}")
         if method not in ("GET", "HEAD"):
             return problem(405, f"{path} takes GET and HEAD", headers=[(b"allow", b"GET, HEAD")])
-        return view(table, ready)
+        if path == METRICS:
+            content_type, body = await self._exposition.page(headers)
+            return _whole(content_type, body)
+        return self._views[path](table, ready)
 
     def _readyz(self, table: RouteTable, ready: bool) -> Problem:
         """Ready: every backend that a route leads to has a replica that takes requests."""
@@ -73,6 +85,9 @@ def _unready(why: str) -> Problem:
 
 
 def _json(value: Any) -> Problem:
-    body = msgspec.json.encode(value)
-    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    return _whole(b"application/json", msgspec.json.encode(value))
+
+
+def _whole(content_type: bytes, body: bytes) -> Problem:
+    headers = [(b"content-type", content_type), (b"content-length", b"%d" % len(body))]
     return Problem(200, headers, body)

@@ -7,7 +7,10 @@ map, for what later versions add.
 
     caller → replica   REQUEST (HTTP), CALL (Python), RESERVE (a slot for an actor task), CANCEL
     replica → caller   QUEUED, STARTED, then one of ANSWER, ERROR, REFUSED, RESERVED
-    both ways          HELLO, AUTH, DATA, CREDIT, PING, GOAWAY
+    both ways          HELLO, AUTH, DATA, CREDIT, PING, GOAWAY, METRICS
+
+METRICS belongs to no stream: empty it asks for the replica's `Figures`, which come back in another. It
+needs no slot, and the replica answers it before it runs anything else.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 
 from serveit.exceptions import ProtocolError
+from serveit.histogram import Histogram
 from serveit.types import Executed, HeaderList, HttpRequest
 
 VERSION = 1
@@ -61,6 +65,7 @@ class FrameType(IntEnum):
     CANCEL = 14
     PING = 15
     GOAWAY = 16
+    METRICS = 17
 
 
 # Flags.
@@ -194,6 +199,26 @@ class Credit(Message):
     extra: dict[str, Any] = {}
 
 
+class Figures(Message):
+    """METRICS from a replica: what it does now, and what it has counted since its start."""
+
+    running: int
+    waiting: int
+    requests: int
+    """Those that it took in."""
+    errors: int
+    """Those of them that failed; not those that their callers cancelled."""
+    refusals: dict[str, int]
+    """By reason."""
+    queued: Histogram
+    """Seconds until user code ran."""
+    processed: Histogram
+    """Seconds in user code, the answer included."""
+    batches: Histogram
+    """Their sizes."""
+    extra: dict[str, Any] = {}
+
+
 M = TypeVar("M", bound=Message)
 
 _encoder = msgspec.msgpack.Encoder()
@@ -214,6 +239,7 @@ _decoders: dict[type[Any], msgspec.msgpack.Decoder[Any]] = {
         Failure,
         Refusal,
         Credit,
+        Figures,
     )
 }
 
