@@ -264,7 +264,7 @@ async def test_handles_in_all_forms() -> None:
         assert await app.handle(Model).call("a") == "A"
         assert await app.handle(Model).explain.call("x") == "because x"
         assert await app.handle(Model.explain).call("x") == "because x"
-        assert "sync" in repr(app.handle(Model, sync=True))
+        assert "SyncHandle" in repr(app.handle(Model, sync=True))
         with pytest.raises(KeyError, match="did you mean 'double'?"):
             app.handle("duoble")
         with pytest.raises(TypeError, match="app.handle: .*Louder is no backend of this app"):

@@ -439,7 +439,13 @@ class World:
         known = self.live.spec.find(replica.backend) is not None
         if known and replica.origin == self.live.origin(replica.backend):
             return True
-        return version.proven and version.spec.stands_in_for(self.live.spec, replica.backend)
+        return any(
+            of.proven
+            and of.spec.find(replica.backend) is not None
+            and of.origin(replica.backend) == replica.origin
+            and of.spec.stands_in_for(self.live.spec, replica.backend)
+            for of in (self.target, version)
+        )
 
     @property
     def states(self) -> list[ReplicaState]:
@@ -533,17 +539,18 @@ class World:
     def _promised_of(self, known: BackendSpec) -> int:
         assert self.live is not None, "there is something to promise"
         new = self.target.spec.find(known.name)
-        name = known.name
-        if new is not None and self.target.shares(name, self.live):
-            return min(known.num_replicas, new.num_replicas)
+        name, number = known.name, known.num_replicas
+        is_shared = new is not None and self.target.shares(name, self.live)
+        if is_shared and new is not None:
+            number = min(number, new.num_replicas)
         others = any(r.backend == name and r.origin != self.live.origin(name) for r in self.states)
-        is_update = self.target is not self.live
+        is_update = self.target is not self.live and not is_shared
         if new is None or new.max_surge > 0 or not (is_update or others):
-            return known.num_replicas
+            return number
         less = 1
-        if is_update and not self.target.spec.stands_in_for(self.live.spec, known.name):
+        if is_update and not self.target.spec.stands_in_for(self.live.spec, name):
             less += self._num_own(name, self.target, ready=True)
-        return known.num_replicas - less
+        return number - less
 
     def _check_room(self, name: str) -> None:
         """Something was started: then there are not too many. With `max_surge=0` what ends counts."""

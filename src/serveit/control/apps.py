@@ -127,7 +127,11 @@ class RunningApp:
             return False
         if self.live.runs(replica) or self._outlives(replica):
             return True
-        return replica.version.proven and replica.version.spec.stands_in_for(self.live.spec, replica.backend)
+        live = self.live.spec
+        return any(
+            version.proven and version.runs(replica) and version.spec.stands_in_for(live, replica.backend)
+            for version in (self.target, replica.version)
+        )
 
     def _outlives(self, replica: Replica) -> bool:
         """Whether its backend is only in versions before the live one, whose running requests may call it."""

@@ -156,10 +156,11 @@ def _plan_pool(
         staying = _Pool(name, replicas, serving)
         room = old.num_replicas - staying.size(has_surge=old.max_surge > 0)
         return _hold(staying, old.num_replicas, room)
-    fits = target.spec.stands_in_for(serving.spec, name)
-    if fits and target.proven:
+    fits, origin = target.spec.stands_in_for(serving.spec, name), target.origin(name)
+    # What it goes on with may have taken turns already, in the version before.
+    has_begun = any(replica.serves and replica.origin == origin for replica in replicas)
+    if fits and (target.proven or has_begun):
         return _take_turns(_Pool(name, replicas, target), new, old.num_replicas)
-    origin = target.origin(name)
     coming = _Pool(name, (r for r in replicas if r.origin == origin), target)
     staying = _Pool(name, (r for r in replicas if r.origin != origin), serving)
     return _come_up_beside(coming, new, staying, old, fits=fits)
