@@ -232,7 +232,7 @@ class ProxyHost:
 
     async def _start(self) -> Started | StartFailed:
         from serveit.web.ingress import Ingress
-        from serveit.web.proxy import Proxy
+        from serveit.web.proxy import Proxy, bind
 
         configure_logs(self._order.log_level)
         sys.path[:0] = [path for path in self._order.paths if path not in sys.path]
@@ -250,9 +250,14 @@ class ProxyHost:
             )
             self._ingress = Ingress(options, watch.directories, watch.clock, self._scope(options))
             proxy = Proxy(options, self._ingress)
-            await proxy.start()
-            self._watch, self._proxy = watch, proxy
-            await watch.open()
+            with contextlib.ExitStack() as stack:
+                sock = bind(options)  # first: an address that is taken is found at once
+                stack.callback(sock.close)
+                self._watch = watch
+                await watch.open()
+                await proxy.start(sock)  # whoever is answered, is answered by the routes
+                stack.pop_all()
+            self._proxy = proxy
         except BaseException as error:
             return start_failed(error, "the HTTP server")
         settle()
