@@ -34,7 +34,8 @@ from serveit.observe import NullObserver
 from serveit.running import replica as replica_module
 from serveit.running.httpjob import Bindings
 from serveit.running.listener import Listener
-from serveit.running.replica import Replica, ReplicaStatistics
+from serveit.running.meter import ReplicaStatistics
+from serveit.running.replica import Replica
 from serveit.testing import ManualClock
 from serveit.wire.frames import FREED, FrameType, Refusal, decode_message
 from serveit.wire.link import Link, Receiver

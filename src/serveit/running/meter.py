@@ -7,15 +7,22 @@ What `Histogram.add` does is written out there: a call costs as much as the rest
 from __future__ import annotations
 
 from bisect import bisect_left
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from serveit.histogram import SECONDS, SIZES, Histogram
 from serveit.observe import NullObserver
 from serveit.running.failures import Cancelled
 from serveit.wire.frames import Figures
 
-if TYPE_CHECKING:
-    from serveit.running.replica import ReplicaStatistics
+
+@dataclass(frozen=True)
+class ReplicaStatistics:
+    """A replica at one moment."""
+
+    running: int
+    waiting: int
+    gathering: int
+    draining: bool
 
 
 class ReplicaMeter(NullObserver):

@@ -10,7 +10,6 @@ import asyncio
 import contextvars
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from serveit.context import Context, Resolver, enter
@@ -21,7 +20,7 @@ from serveit.running.batches import Batches
 from serveit.running.failures import Cancelled
 from serveit.running.instance import Instance
 from serveit.running.job import Job, JobState
-from serveit.running.meter import ReplicaMeter
+from serveit.running.meter import ReplicaMeter, ReplicaStatistics
 
 if TYPE_CHECKING:
     from serveit.config import BackendConfig
@@ -36,16 +35,6 @@ END_S, CLEAN_UP_S = 1.0, 5.0
 
 MAX_UNREAD = 64 * 1024 * 1024
 """While so many octets of large answers wait for their readers, further ones keep their slots."""
-
-
-@dataclass(frozen=True)
-class ReplicaStatistics:
-    """A replica at one moment."""
-
-    running: int
-    waiting: int
-    gathering: int
-    draining: bool
 
 
 class Replica:
