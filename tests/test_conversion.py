@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal
 
 import msgspec
@@ -138,3 +139,22 @@ def test_shorten(text: str, limit: int) -> None:
     assert len(short) <= limit
     assert short == text or (len(text) > limit and len(short) == limit and "…" in short)
     assert short[:2] == text[:2]
+
+
+@dataclasses.dataclass
+class Leaf:
+    number: int
+
+
+@dataclasses.dataclass
+class Node:
+    leaves: list[Leaf]
+    more: Node | None = None
+
+
+def test_nothing_is_left_on_users_classes() -> None:
+    """msgspec's own is in the way where a class has to be pickled by value."""
+
+    conversion = conversion_for(dict[str, Node])
+    assert not {"__msgspec_cache__"} & {*vars(Node), *vars(Leaf)}
+    assert conversion.decode(b'{"a": {"leaves": [{"number": 1}]}}') == {"a": Node([Leaf(1)])}

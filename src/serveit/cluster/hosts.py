@@ -61,6 +61,8 @@ logger = logging.getLogger("serveit.replica")
 
 MAX_EXCEPTION = 1024 * 1024
 LAST_WORDS_S = 0.05
+QUIET_S = 0.1
+"""What a caller on another node gets to hear of a free slot, and to hand over the next request."""
 PROXY_ROLE, REPLICA_ROLE = "proxy", "replica"
 
 
@@ -160,8 +162,15 @@ class ReplicaHost:
         return Configured()
 
     async def idle(self, timeout_s: float) -> None:
-        """Wait until nothing runs, at most so long."""
-        await self.replica.idle(timeout_s)
+        """Wait until nothing runs, and nothing more has come for a moment, at most so long: callers hand over
+        what waits with them one by one, when they hear that there is room."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while await self.replica.idle(timeout_s):
+                    before = self.replica.meter.requests
+                    await asyncio.sleep(QUIET_S)
+                    if self.replica.is_idle and self.replica.meter.requests == before:
+                        return
 
     def leave(self, otherwise_s: float) -> float:
         """Take nothing new; what the requests that run may take at most, those without a deadline so long."""

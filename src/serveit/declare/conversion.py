@@ -34,6 +34,9 @@ MAX_MESSAGE = 120
 MAX_FAULTS = 50
 """Faults of one request that are told; a body of a million wrong items has no use for a million."""
 
+CACHE = "__msgspec_cache__"
+"""Where msgspec keeps what it knows of a dataclass, a TypedDict or a NamedTuple: on the class itself."""
+
 _ARRAYS = (
     types.ListType,
     types.SetType,
@@ -139,7 +142,9 @@ def conversion_for(annotation: Any, *, custom: bool = False) -> Conversion:
     convert = partial(msgspec.convert, type=annotation, strict=False)
     if (wrap := _raw_type(info)) is not None:
         return Conversion(info, lambda body: convert(wrap(body)), convert, (), raw=True)
-    return Conversion(info, msgspec.json.Decoder(annotation).decode, convert, tuple(_choices(info)))
+    decode = msgspec.json.Decoder(annotation).decode
+    _forget_caches(info, set())
+    return Conversion(info, decode, convert, tuple(_choices(info)))
 
 
 def describe(annotation: Any) -> types.Type:
@@ -149,9 +154,31 @@ def describe(annotation: Any) -> types.Type:
         TypeError: it has none; a name in one of its fields cannot be evaluated.
     """
     try:
-        return types.type_info(annotation)
+        info = types.type_info(annotation)
     except Exception as error:  # a NameError, or whatever evaluating a field's text raises
         raise TypeError(f"{type_name(annotation)} cannot be used: {error}") from error
+    _forget_caches(info, set())
+    return info
+
+
+def _forget_caches(part: Any, seen: set[int]) -> None:
+    """Take what msgspec keeps on users' dataclasses, TypedDicts and NamedTuples off them.
+
+    It cannot be pickled, and so neither could they, where that has to be by value: those of a script, as
+    arguments of `remote`. Decoders have their own; what is made anew later costs microseconds.
+    """
+    if id(part) in seen:
+        return
+    seen.add(id(part))
+    if isinstance(part, tuple):
+        for inner in part:
+            _forget_caches(inner, seen)
+    elif isinstance(part, types.Type | types.Field):
+        kept = getattr(part, "cls", None)
+        if kept is not None and not isinstance(part, types.StructType) and CACHE in vars(kept):
+            delattr(kept, CACHE)
+        for name in part.__struct_fields__:
+            _forget_caches(getattr(part, name), seen)
 
 
 def members(info: types.Type) -> list[types.Type]:
