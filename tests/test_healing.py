@@ -120,7 +120,7 @@ async def test_given_up_and_tried_anew(caplog: pytest.LogCaptureFixture) -> None
         status = await client.status()
         assert (status["failed"], status["message"]) == ({"Patient": why}, why)
         assert f"{why}: given up" in caplog.text
-        with pytest.raises(NoReplica, match="failed for good"):
+        with pytest.raises(NoReplica, match="was given up"):
             await client.get_handle("Patient").call()
         WARD["fails"] = False
         await client.update("Patient", num_replicas=1)

@@ -303,7 +303,7 @@ async def test_nothing_waits_for_a_backend_that_was_given_up(rig: Rig) -> None:
     await rig.router.update(backend_info(limit=1, given_up="it died too often"))
     with pytest.raises(NoReplica):
         await waiting.answer
-    with pytest.raises(NoReplica, match="has failed for good: `serveit status` says why"):
+    with pytest.raises(NoReplica, match="was given up: `serveit status` says why"):
         rig.submit("new")
     await rig.update("b", limit=1)
     assert rig.submit("another").phase == Phase.SENT, "it was scaled, or deployed anew"

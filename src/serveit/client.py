@@ -12,7 +12,7 @@ from serveit.control.spec import check_app_name
 from serveit.declare.app import App
 from serveit.declare.traffic import parse_traffic
 from serveit.exceptions import NotServing
-from serveit.wire.pickles import dump
+from serveit.wire.pickles import dump, load
 
 if TYPE_CHECKING:
     import socket
@@ -124,6 +124,17 @@ class AppClient:
                 stands, or is put back, as it was.
         """
         await self._app.update(backend, _change(backend, options, deploy_timeout_s), wait=wait)
+
+    async def get_config(self, backend: str) -> BackendConfig:
+        """A backend's options as they are now. Its `user_config` is in it if it was changed while it served;
+        the one that the code declares is not.
+
+        Raises:
+            KeyError: there is no such backend.
+        """
+        spec = (await self._app.spec()).backend(backend)
+        user_config = None if spec.user_config is None else load((), spec.user_config)
+        return spec.config.merge(num_replicas=spec.num_replicas, user_config=user_config)
 
     async def set_traffic(self, endpoint: str, traffic: Mapping[str, float]) -> None:
         """Change the weights of the backends that an endpoint leads to; shadows stay.
@@ -300,6 +311,10 @@ class SyncClient:
         self._portal.call(
             partial(self._client.update, backend, wait=wait, deploy_timeout_s=deploy_timeout_s, **options)
         )
+
+    def get_config(self, backend: str) -> BackendConfig:
+        """As `Client.get_config`."""
+        return self._portal.call(self._client.get_config, backend)
 
     def set_traffic(self, endpoint: str, traffic: Mapping[str, float]) -> None:
         """As `Client.set_traffic`."""

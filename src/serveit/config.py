@@ -22,6 +22,19 @@ HANDLE_QUEUE = 10_000
 """`max_queued_requests` of a handle's router where the backend names none."""
 ASYNC_ONGOING = 100
 """`max_ongoing_requests` of an `async def` backend where none is named."""
+FOREIGN_OPTIONS: Mapping[str, str] = {
+    "max_concurrent_queries": "here it is max_ongoing_requests",
+    "accept_batch": "here it is max_batch_size",
+    "batch_wait_timeout": "here it is batch_wait_timeout_s",
+    "experimental_graceful_shutdown_timeout_s": "here it is graceful_shutdown_timeout_s",
+    "graceful_shutdown_wait_loop_s": "nothing polls here: leave it out",
+    "autoscaling_config": "there is no scaling by load yet: set num_replicas, and change it while it serves",
+    "num_cpus": 'write ray_actor_options={"num_cpus": ...}',
+    "num_gpus": 'write ray_actor_options={"num_gpus": ...}',
+    "runtime_env": 'write ray_actor_options={"runtime_env": {...}}',
+    "route_prefix": "routes are @app.route's; a prefix for all of them is prefix= of serve and deploy",
+}
+"""What those ask for who come from Ray Serve, and what to write: see docs/from-ray-serve.md."""
 MAX_SECONDS = 365 * 24 * 3600.0
 """The longest time that an option can ask for: what is longer is meant as "never", and has its own word."""
 
@@ -269,7 +282,8 @@ def check_options(record: type[Any], where: str, options: Mapping[str, Any]) -> 
     known = [field.name for field in dataclasses.fields(record)]
     for name in options:
         if name not in known:
-            raise TypeError(f"{where} has no option {name!r}: {did_you_mean(name, known)}")
+            hint = FOREIGN_OPTIONS.get(name) if record is BackendConfig else None
+            raise TypeError(f"{where} has no option {name!r}: {hint or did_you_mean(name, known)}")
 
 
 def _check_count(name: str, value: Any, *, least: int) -> None:

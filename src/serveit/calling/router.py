@@ -392,7 +392,11 @@ class Router:
 
     def _shut_down(self) -> Exception:
         if self.info.given_up:
-            return NoReplica(f"backend {self.info.name!r} has failed for good: `serveit status` says why")
+            name = self.info.name
+            return NoReplica(
+                f"backend {name!r} was given up: `serveit status` says why; a deploy, or "
+                f"`serveit scale {name}=...`, tries it again"
+            )
         return Draining(f"backend {self.info.name!r} is being shut down")
 
     def _too_late(self, phase: Phase) -> Exception:

@@ -107,7 +107,7 @@ class SyncHandle(Generic[P, R]):
             raise self._shut_down()
 
     def _shut_down(self) -> NotServing:
-        return NotServing(f"{self!r}: app {self._handle.gateway.app!r} has been shut down")
+        return NotServing(f"{self!r}: the client that it came from has been shut down")
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:

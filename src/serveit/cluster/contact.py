@@ -73,7 +73,9 @@ async def ask(controller: Any, method: str, *args: Any, timeout_s: float | None 
         except TimeoutError:
             silent_s = CONTROL_S if timeout_s is None else timeout_s
             raise NotServing(
-                f"the controller has not answered for {silent_s:g} s", executed="maybe"
+                f"the controller has not answered for {silent_s:g} s; what it was asked for may go on: "
+                "`serveit status` shows",
+                executed="maybe",
             ) from None
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None

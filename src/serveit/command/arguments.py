@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import click
+import msgspec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -62,13 +64,26 @@ serving_options = _options(
     click.option("--no-http", is_flag=True, help="The same as --http-location NoServer."),
     click.option("--access-log", is_flag=True, help="Log a line per request."),
     click.option("--debug", is_flag=True, help="Put tracebacks into 500 answers."),
+    click.option(
+        "--http-option",
+        "more",
+        metavar="NAME=VALUE",
+        multiple=True,
+        help="Any other of HTTPOptions, max_body_bytes=67108864 say; middlewares may be given several times.",
+    ),
 )
 _DEFAULT = click.core.ParameterSource.DEFAULT
-_HTTP = ("host", "port", "http_location", "no_http", "access_log", "debug")
+_HTTP = ("host", "port", "http_location", "no_http", "access_log", "debug", "more")
 
 
 def http_options(
-    host: str, port: int, http_location: Any, no_http: bool, access_log: bool, debug: bool
+    host: str,
+    port: int,
+    http_location: Any,
+    no_http: bool,
+    access_log: bool,
+    debug: bool,
+    more: Sequence[str],
 ) -> HTTPOptions:
     from serveit.config import HTTPOptions
 
@@ -77,9 +92,40 @@ def http_options(
         raise click.UsageError(f"--no-http and --http-location {http_location} contradict each other")
     location: Any = "NoServer" if no_http else http_location
     try:
-        return HTTPOptions(host=host, port=port, location=location, access_log=access_log, debug=debug)
+        given = {"host": host, "port": port, "location": location, "access_log": access_log, "debug": debug}
+        return HTTPOptions.parse({**given, **_read(more)})
     except (TypeError, ValueError) as error:
         raise click.UsageError(str(error)) from None
+
+
+def _read(options: Sequence[str]) -> dict[str, Any]:
+    """NAME=VALUE, several times; the value as JSON, or as it stands."""
+    found: dict[str, Any] = {}
+    for option in options:
+        name, sign, text = option.partition("=")
+        if not (name and sign):
+            raise click.UsageError(f"--http-option {option!r} is not of the form NAME=VALUE")
+        try:
+            value = msgspec.json.decode(text)
+        except msgspec.DecodeError:
+            value = text
+        if name == "middlewares":
+            value = [*found.get(name, ()), value]
+        elif name in found or name in _HTTP or name == "location":
+            raise click.UsageError(f"--http-option {name}: it is given twice, or has an option of its own")
+        found[name] = value
+    return found
+
+
+def options_as_given(options: HTTPOptions) -> list[str]:
+    """What `--http-option` would be given for those that have no option of their own."""
+    words = []
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if field.name not in (*_HTTP, "location") and value != field.default:
+            values = value if field.name == "middlewares" else [value]
+            words += [f"--http-option={field.name}={msgspec.json.encode(each).decode()}" for each in values]
+    return words
 
 
 def is_http_given() -> bool:

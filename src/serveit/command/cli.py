@@ -219,15 +219,20 @@ def routes(address: str, as_json: bool) -> None:
     "numbers", metavar="BACKEND=N ...", nargs=-1, required=True, callback=pairs("BACKEND=N, v1=3", int)
 )
 @of_app
+@timeout
 @asking
-def scale(numbers: dict[str, int], app_name: str, address: str, as_json: bool) -> None:
+def scale(
+    numbers: dict[str, int], app_name: str, timeout_s: float | None, address: str, as_json: bool
+) -> None:
     """Change numbers of replicas; ends when they are there."""
     from serveit.command import operating
 
     left = "the change may go on without this command: `serveit status` shows it"
     with explained("the backend cannot be scaled"):
         counts = operating.ask(
-            lambda instance: operating.scale(instance, app_name, numbers), address, on_interrupt=left
+            lambda instance: operating.scale(instance, app_name, numbers, timeout_s),
+            address,
+            on_interrupt=left,
         )
     if as_json:
         _print_json({"app": app_name, "num_replicas": counts})

@@ -112,6 +112,9 @@ async def status(instance: Instance, name: str | None = None) -> dict[str, Any]:
     told = await instance.status()
     if name is not None:
         known = told.get("apps", {})
+        if name not in known:
+            with contextlib.suppress(KeyError):  # its first deploy may have failed
+                known = {name: await instance.app(name).status()}
         _check_known(name, known)
         told = {**told, "apps": {name: known[name]}}
     return told
@@ -122,14 +125,23 @@ async def routes(instance: Instance) -> list[Route]:
     return routes_of((await instance.specs()).values())
 
 
-async def scale(instance: Instance, app: str, numbers: Mapping[str, int]) -> dict[str, int]:
-    """Change numbers of replicas, one backend after the other; a mistake in any changes none."""
+async def scale(
+    instance: Instance, app: str, numbers: Mapping[str, int], timeout_s: float | None = None
+) -> dict[str, int]:
+    """Change numbers of replicas, one backend after the other; a mistake in any changes none.
+
+    Args:
+        instance: that runs it.
+        app: its app.
+        numbers: by backend.
+        timeout_s: how long new replicas may wait for their places.
+    """
     spec = await _spec(instance, app)
     for backend, number in numbers.items():
         spec.changed(backend, BackendChange({"num_replicas": number}))
     client = AppClient(instance.app(app))
     for backend, number in numbers.items():
-        await client.update(backend, num_replicas=number)
+        await client.update(backend, num_replicas=number, deploy_timeout_s=timeout_s)
     return {b.name: b.num_replicas for b in (await instance.specs())[app].backends}
 
 

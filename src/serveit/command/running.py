@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from serveit.command.arguments import options_as_given
 from serveit.command.explaining import explain, explained
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def passed_on(options: HTTPOptions, name: str, prefix: str, log_level: str) -> l
     given = [flag for flag, is_on in flags if is_on]
     location = str(options.location)
     named = ["--name", name, "--prefix", prefix, "--http-location", location, "--log-level", log_level]
-    return ["--local", *given, *named]
+    return ["--local", *given, *named, *options_as_given(options)]
 
 
 @contextlib.contextmanager
