@@ -293,9 +293,9 @@ async def _(row: Row) -> None:
 @check('client.get_backend_config("v1")')
 async def _(row: Row) -> None:
     async with running() as names:
-        config = await evaluate(row.snippet, names)
-        assert config == serveit.BackendConfig(user_config={"bar": 0.5})
-    
+        assert await evaluate(row.snippet, names) == serveit.BackendConfig()
+        await names["client"].update("v1", max_ongoing_requests=7)
+        assert (await evaluate(row.snippet, names)).max_ongoing_requests == 7
 
 
 check("BackendConfig(num_replicas=2)")(declares(num_replicas=2))

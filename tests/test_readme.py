@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import dataclasses
 import importlib
@@ -149,6 +150,18 @@ def rows(heading: str) -> list[list[str]]:
 def test_tables_of_options_are_complete(heading: str, record: Any) -> None:
     documented = [tuple(row[:2]) for row in rows(heading)]
     assert documented == [(field.name, repr(field.default)) for field in dataclasses.fields(record)]
+
+
+def test_pages_of_another_site_are_let_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    (made,) = re.findall(r"^`(cors = .+)`, and", README, re.MULTILINE)
+    (http,) = re.findall(r"^`serveit\.run\(app, http=(.+)\)`\.$", README, re.MULTILINE)
+    imports = (
+        "from starlette.middleware import Middleware\nfrom starlette.middleware.cors import CORSMiddleware\n"
+    )
+    module = run_block(imports + BLOCKS[0].text + made, "app", monkeypatch)
+    with TestClient(module.app, http=ast.literal_eval(http)) as client:
+        answer = client.get("/hello/Ada", headers={"origin": "https://example.org"})
+    assert answer.headers["access-control-allow-origin"] == "https://example.org"
 
 
 def test_table_of_errors_is_true_and_complete() -> None:

@@ -525,6 +525,19 @@ class TestIdempotent:
         await rig.update()
         rig.router.close()
 
+    async def test_has_a_budget_that_shadows_do_not_use_up(self, rig: Rig) -> None:
+        await rig.update("a", idempotent=True, limit=1000)
+        shadows = [FakeExchange() for _ in range(200)]
+        for shadow in shadows:
+            rig.router.submit_now(shadow)
+        exchange = rig.submit()
+        rig["a"].lose()
+        assert all(shadow.answer.done() for shadow in shadows)
+        await rig.update("b", idempotent=True, limit=1000)
+        assert exchange.phase == Phase.SENT
+        rig["b"].answer(1)
+        assert len(rig["b"].calls) == 1
+
     async def test_is_not_what_the_backend_says_nothing_of(self, rig: Rig) -> None:
         await rig.update("a", idempotent=True)
         exchange = rig.submit()
@@ -784,6 +797,21 @@ async def test_a_replica_that_cannot_be_reached_keeps_nobody_from_the_others(
     rig.replicas.unreachable.clear()
     await rig.update("a", "b")
     assert rig.router.statistics().replicas_ready == 2
+
+
+async def test_one_that_cannot_be_reached_is_missed_though_its_predecessor_still_ends_what_it_runs(
+    rig: Rig,
+) -> None:
+    await rig.update("a")
+    under_way = rig.submit()
+    rig.replicas.unreachable.add("b")
+    await rig.update("b")
+    assert under_way.phase == Phase.SENT
+    assert rig.router.incomplete, "whoever has the snapshots tries again"
+    rig.replicas.unreachable.clear()
+    await rig.update("b")
+    assert not rig.router.incomplete
+    assert rig.submit().connection is rig.router._connections["b"]
 
 
 async def test_updates_that_overlap_connect_once(rig: Rig) -> None:

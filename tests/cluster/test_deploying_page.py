@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import re
 import runpy
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray._private import worker
 
 import serveit
 from serveit import App
@@ -19,6 +21,7 @@ from serveit.cluster.rooms import Room, lacking
 from serveit.command import cli
 from tests.cluster.instance import KEEPER, Instance
 from tests.commands import fetch
+from tests.support import wait_until
 
 PAGE = (Path(__file__).parent.parent.parent / "docs" / "deploying.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n# ([\w/.]+)[^\n]*\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
@@ -54,6 +57,45 @@ def test_the_app_and_the_program(instance: Instance, app: Any, tmp_path: Path) -
             for name in ("labels", "default"):
                 with serveit.connect(None, app=name) as client:
                     client.delete()
+
+
+TALKATIVE = """
+import logging
+
+from serveit import App
+
+app = App()
+logging.basicConfig(level="INFO")
+
+
+@app.route("/<word>")
+async def talk(word: str) -> None:
+    print(word, "printed", flush=True)
+    logging.getLogger("talkative").info("%s logged", word)
+    raise ValueError(f"{word} raised")
+"""
+
+
+@pytest.mark.cluster
+async def test_where_output_goes(instance: Instance, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    node: Any = worker._global_node
+    logs = Path(node.get_session_dir_path()) / "logs"
+    patterns = re.findall(r"/session_latest/logs/(worker-\*-)\d+(\.\w+)", PAGE)
+    (tmp_path / "talkative.py").write_text(TALKATIVE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    app = importlib.import_module("talkative").app
+    async with serveit.serve(app, name="talkative", prefix="/talkative") as client:
+        assert '"status":500' in await asyncio.to_thread(fetch, f"{instance.url}/talkative/heard")
+        ((_, replica),) = (await client.status())["backends"]["talk"].items()
+
+        def has(number: int, *texts: str) -> bool:
+            begin, end = patterns[number]
+            said = "".join(path.read_text() for path in logs.glob(f"{begin}{replica['pid']}{end}"))
+            return all(text in said for text in texts)
+
+        await wait_until(lambda: has(0, "heard printed"), 10, "what it prints is there")
+        errors = "INFO:talkative:heard logged", "Traceback", "ValueError: heard raised"
+        await wait_until(lambda: has(1, *errors), 10, "what it logs and raises is there")
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)

@@ -51,7 +51,7 @@ class Retries:
         error = ReplicaDied(
             f"replica {lost} was lost with the request on it", executed="no" if has_not_run else "maybe"
         )
-        if exchange.resent or exchange.phase >= Phase.ANSWERING:
+        if exchange.resent or exchange.expendable or exchange.phase >= Phase.ANSWERING:
             return error
         if not has_not_run:
             if not idempotent or not self._spend():

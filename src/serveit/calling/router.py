@@ -114,7 +114,7 @@ class Router:
     @property
     def incomplete(self) -> bool:
         """Whether a replica that the latest snapshot names has no connection: `update` tries again."""
-        return not self._closed and len(self._connections) < len(self.info.replicas)
+        return not self._closed and any(r.id not in self._connections for r in self.info.replicas)
 
     def statistics(self) -> RouterStatistics:
         return RouterStatistics(
