@@ -9,6 +9,7 @@ from typing import Any
 
 from serveit import App
 from serveit.config import HTTPOptions
+from serveit.control.apps import no_app
 from serveit.control.orders import BackendChange, Deploying
 from serveit.control.spec import AppSpec, app_spec
 
@@ -23,6 +24,7 @@ class FakeInstance:
         opened: what `open` was given.
         ended: whether it was shut down.
         refuses: raised instead of deploying.
+        failures: why first deploys have failed, by name.
     """
 
     def __init__(self) -> None:
@@ -30,6 +32,7 @@ class FakeInstance:
         self.opened: list[dict[str, Any]] = []
         self.ended = False
         self.refuses: Exception | None = None
+        self.failures: dict[str, str] = {}
 
     def add(self, name: str, app: App, prefix: str = "") -> None:
         self.known[name] = app_spec(app, name=name, prefix=prefix, code=b"")
@@ -62,15 +65,18 @@ class FakeInstance:
         self.known[spec.name] = spec
 
     def app(self, name: str) -> FakeInstanceApp:
-        return FakeInstanceApp(self.known, name)
+        return FakeInstanceApp(self.known, name, self.failures)
 
 
 class FakeInstanceApp:
-    def __init__(self, known: dict[str, AppSpec], name: str) -> None:
+    def __init__(self, known: dict[str, AppSpec], name: str, failures: dict[str, str]) -> None:
         self._known = known
+        self._failures = failures
         self._name = name
 
     async def status(self) -> dict[str, Any]:
+        if self._name in self._failures:
+            return no_app(self._failures[self._name])
         return _status(self._known[self._name])
 
     async def spec(self) -> AppSpec:

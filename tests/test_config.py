@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
 from typing import Any
 
 import pytest
 
 from serveit import BackendConfig, HTTPOptions
-from serveit.config import MAX_SECONDS
+from serveit.config import FOREIGN_OPTIONS, MAX_SECONDS
 
 
 @pytest.mark.parametrize(
@@ -137,3 +139,10 @@ def test_no_time_is_longer_than_a_year() -> None:
         with pytest.raises(ValueError, match=f"{name} must be ≤ 31536000 seconds, a year, got 1e.17"):
             BackendConfig().merge(**{name: 1e17})
     assert BackendConfig(request_timeout_s=MAX_SECONDS).request_timeout_s == MAX_SECONDS
+
+
+@pytest.mark.parametrize("name", FOREIGN_OPTIONS)
+def test_who_comes_from_ray_serve_is_told_what_to_write(name: str) -> None:
+    assert name not in {field.name for field in dataclasses.fields(BackendConfig)}
+    with pytest.raises(TypeError, match=f"no option '{name}': {re.escape(FOREIGN_OPTIONS[name])}"):
+        BackendConfig.from_options(None, {name: 1})

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from serveit import BackendConfig
+from serveit.control.orders import BackendChange
+from serveit.control.spec import BackendSpec
 
 PAGE = (Path(__file__).parent.parent / "docs" / "configuration.md").read_text(encoding="utf-8")
 OTHERS: dict[str, tuple[dict[str, Any], Any]] = {
@@ -45,10 +47,19 @@ def test_replicas_are_replaced_where_the_table_says_so(option: str) -> None:
     assert config.needs_new_replicas(config.merge(**{option: other})) is (rows()[option] == "by new replicas")
 
 
-def test_batches_begin_and_end_with_new_replicas() -> None:
-    assert "Between none and one: by new replicas" in rows()["max_batch_size"]
-    none, some = BackendConfig(), BackendConfig(max_batch_size=1)
-    assert none.needs_new_replicas(some) and some.needs_new_replicas(none)
+@pytest.mark.parametrize(
+    ("before", "option", "other", "text"),
+    [
+        ({}, "max_batch_size", 1, "written for single requests, no max_batch_size"),
+        ({"max_batch_size": 1}, "max_batch_size", None, "written for lists of items, max_batch_size"),
+        ({"max_batch_size": 1}, "batch_methods", ["score"], r"written for batch_methods=\('__call__',\)"),
+    ],
+)
+def test_what_is_the_codes_own(before: dict[str, Any], option: str, other: Any, text: str) -> None:
+    assert "the code" in rows()[option]
+    spec = BackendSpec("b", 1, BackendConfig(**before))
+    with pytest.raises(ValueError, match=f"backend 'b': its code is {text}: that changes with a deploy"):
+        spec.changed(BackendChange({option: other}))
 
 
 def test_the_program_prints_what_is_shown(

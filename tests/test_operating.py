@@ -115,6 +115,14 @@ def test_status_ends_with_1_where_something_is_missing(
     assert json.loads(ask("status", "--json", code=1).stdout)["apps"]["shop"]["message"] == "no model"
 
 
+def test_status_of_one_whose_first_deploy_failed(
+    ask: Ask, instance: FakeInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    instance.failures["slow"] = "no model"
+    assert "slow: no model" in ask("status", "slow", code=1).stdout
+    assert "did you mean 'shop'" in ask("status", "shp", code=1).stderr
+
+
 def test_routes(ask: Ask) -> None:
     assert ask("routes").stdout.splitlines() == [
         "PATH           METHODS   APP   LEADS TO",

@@ -18,6 +18,7 @@ NAMES = """
     App Backend BackendConfig BatchError Body BodyTooLarge Client Context DeadlineExceeded Draining
     EncodingError HTTPOptions Handle Header ImportFailed InvalidRequest ItemErrors NeedsRay NoReplica
     NotServing PathNotFound ProtocolError Query QueueFull Rejected RemoteError ReplicaDied Request
+Response
     ServeitError SyncClient SyncHandle UnsupportedMediaType connect context run serve testing
 """
 

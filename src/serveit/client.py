@@ -86,7 +86,7 @@ class AppClient:
             change, or a backend that was given up; what serves serves on) or "DELETING", and "message" says
             why; "version" (of its code and options), "num_replicas" (as they are to be, by backend);
             "backends": of each backend its replicas by id, with "state" ("starting", "ready", "stopping"),
-            "running" and "waiting" (requests), "version", "pid"; "failed": why a backend was given up.
+            "running" and "waiting" (requests), "version", "pid" (where it is known); "failed": why a backend was given up.
         """
         return await self._app.status()
 
@@ -105,9 +105,10 @@ class AppClient:
     ) -> None:
         """Change a backend while it serves; returns when the change is in force.
 
-        What can be changed in running replicas is: the processes stay. Of a change of `num_threads`,
-        `batch_methods`, `ray_actor_options`, or between no `max_batch_size` and one, new replicas come in the
-        place of the old ones by a rolling update; other backends' replicas stay. Nothing fails meanwhile.
+        What can be changed in running replicas is: the processes stay. Where `num_threads` or
+        `ray_actor_options` change, new replicas come in the place of the old ones by a rolling update; other
+        backends' replicas stay. Nothing fails meanwhile. Whether a function is called with lists is a matter
+        of its code: a deploy changes that.
 
         Args:
             backend: its name.

@@ -168,15 +168,11 @@ class BackendConfig:
     def needs_new_replicas(self, other: BackendConfig) -> bool:
         """Whether replicas that run with this cannot be given `other` while they run.
 
-        What a process asks of the cluster is settled when it starts; the user's object may belong to the
-        thread that made it; and where a function begins or ends to take lists, its routes are bound anew.
+        What a process asks of the cluster is settled when it starts, and the user's object may belong to the
+        thread that made it.
         """
-        is_batched = self.max_batch_size is not None
-        return (
-            self.num_threads != other.num_threads
-            or (self.ray_actor_options or {}) != (other.ray_actor_options or {})
-            or is_batched != (other.max_batch_size is not None)
-            or self.batch_methods != other.batch_methods
+        return self.num_threads != other.num_threads or (self.ray_actor_options or {}) != (
+            other.ray_actor_options or {}
         )
 
     def ongoing_limit(self, *, is_async: bool) -> int:

@@ -73,6 +73,9 @@ async def test_user_config_reaches_each_replica_once_at_each_change(serve: Serve
         assert three[new][1:] == ([{"limit": 20}], 20), "a later replica starts with it"
         assert {id: three[id] for id in two} == two
 
+        config = await tuned.client.get_config("Limit")
+        assert (config.num_replicas, config.user_config) == (3, {"limit": 20})
+        assert config.max_queued_requests == 500
         await update("Limit", user_config={})
         assert more_given(three, await told(tuned, 3), {}), "nothing in it is a configuration, too"
 
@@ -156,14 +159,6 @@ async def test_what_needs_new_replicas_leaves_the_others_alone(serve: Serve) -> 
         assert (status["state"], status["num_replicas"]["threads"]) == ("RUNNING", 1)
 
 
-async def test_a_function_that_takes_no_lists_gets_none(serve: Serve) -> None:
-    async with tuning(serve) as tuned:
-        before = await tuned.handle("untouched").call()
-        with pytest.raises(TypeError, match="backend 'untouched': .*one parameter"):
-            await tuned.client.update("untouched", max_batch_size=4)
-        assert await tuned.handle("untouched").call() == before
-
-
 @pytest.mark.parametrize(
     ("backend", "options", "error", "text"),
     [
@@ -173,6 +168,7 @@ async def test_a_function_that_takes_no_lists_gets_none(serve: Serve) -> None:
         ("Limit", {"batch_wait_timeout_s": 1.0}, ValueError, "batch_wait_timeout_s needs max_batch_size"),
         ("Sizes", {"max_batch_size": 500, "max_ongoing_requests": 4}, ValueError, "≥ max_batch_size"),
         ("Limit", {"user_config": None}, ValueError, "user_config=None says nothing"),
+        ("untouched", {"max_batch_size": 4}, ValueError, "'untouched': its code is written for single"),
         ("held", {"user_config": {}}, TypeError, "'held' takes no user_config: .*reconfigure"),
         ("Limit", {"user_config": lambda: 1}, Exception, "the user_config of backend 'Limit'"),
         ("Limit", {"deploy_timeout_s": 0}, ValueError, "deploy_timeout_s must be > 0"),

@@ -84,8 +84,22 @@ class BackendSpec(msgspec.Struct, frozen=True):
         elif self.takes_user_config is False:
             raise TypeError(no_reconfigure(self.name))
         config = self.config.merge(**{"num_replicas": max(1, self.num_replicas), **wanted.options})
+        self._check_kind(config)
         return msgspec.structs.replace(
             self, num_replicas=config.num_replicas, config=plain(config), user_config=user_config
+        )
+
+    def _check_kind(self, config: BackendConfig) -> None:
+        """ValueError where its functions would begin, or end, to be called with lists."""
+        is_batched = self.config.max_batch_size is not None
+        if is_batched != (config.max_batch_size is not None):
+            what = "lists of items, max_batch_size" if is_batched else "single requests, no max_batch_size"
+        elif self.config.batch_methods != config.batch_methods:
+            what = f"batch_methods={self.config.batch_methods!r}"
+        else:
+            return
+        raise ValueError(
+            f"backend {self.name!r}: its code is written for {what}: that changes with a deploy of other code"
         )
 
 
