@@ -86,8 +86,8 @@ class AppClient:
             change, or a backend that was given up; what serves serves on) or "DELETING", and "message" says
             why; "version" (of its code and options), "num_replicas" (as they are to be, by backend);
             "backends": of each backend its replicas by id, with "state" ("starting", "ready", "stopping"),
-            "running" and "waiting" (requests), "version", and "pid" where it is known; "failed": why a backend
-            was given up.
+            "running" and "waiting" (requests), "version", and "pid" where it is known; "failed": why a
+            backend was given up.
         """
         return await self._app.status()
 
