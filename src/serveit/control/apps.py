@@ -95,7 +95,16 @@ class RunningApp:
         if not self.changing or not self.target.runs(replica):
             return False
         is_new = self.live is None or not self.live.runs(replica)
-        return is_new or replica.backend in self.before
+        return is_new or replica.backend in self.before or self._asks_more_of(replica.backend)
+
+    def _asks_more_of(self, backend: str) -> bool:
+        """Whether the target goes on with a backend's replicas, but not as they are."""
+        if self.live is None or self.live is self.target:
+            return False
+        wanted = self.target.spec.backend(backend)
+        return self.live.spec.backend(backend) != msgspec.structs.replace(
+            wanted, since=self.live.spec.backend(backend).since
+        )
 
     @property
     def is_ending_some(self) -> bool:
@@ -143,15 +152,19 @@ class RunningApp:
 
     # -- changes -----------------------------------------------------------------------------
 
-    def begin(self, target: Version | None = None) -> None:
+    def begin(self, target: Version | None = None, *, joins: bool = False) -> None:
         """A change: what becomes of it is not known from now on.
 
         Args:
             target: the version that it is to be; None for a change within the one that it is.
+            joins: whether that one has in it what is under way: then the same becomes of both.
         """
         if target is not None:
-            self.settle(DeployFailed("another deploy of the app came in between"))
-            self.target = target
+            if self.changing:
+                self._take_back()
+            if not joins:
+                self.settle(DeployFailed("another deploy of the app came in between"))
+            self.target, self.before = target, {}
         if not self.changing:
             self.outcome = asyncio.get_running_loop().create_future()
             self.before = {}
@@ -163,7 +176,9 @@ class RunningApp:
         changed = before.changed(backend, wanted)
         self.begin()
         self.target.spec = changed
-        self.target.forgive(backend)
+        for version in self.versions:
+            if version.origin(backend) == self.target.origin(backend):  # its replicas are of both
+                version.forgive(backend)
         self.before.setdefault(backend, before.backend(backend))
 
     def settings_of(self, replica: Replica) -> bytes:
@@ -230,12 +245,16 @@ class RunningApp:
         """To what it was before the change; whether there is anything to go back to."""
         if self.live is None:
             return False
-        if self.target is self.live:
-            for backend in self.before.values():
-                self.live.spec = self.live.spec.with_backend(backend)
+        self._take_back()
         self.target = self.live
         self._settle_in(self.live)
         return True
+
+    def _take_back(self) -> None:
+        """What serves is to be as it was before the change that is under way."""
+        if self.live is not None and self.target is self.live:
+            for backend in self.before.values():
+                self.live.spec = self.live.spec.with_backend(backend)
 
     def settle(self, outcome: Deployed | DeployFailed) -> None:
         if self.changing:
