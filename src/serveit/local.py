@@ -28,7 +28,7 @@ from serveit.web.ingress import Ingress
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Collection, Coroutine, Mapping
+    from collections.abc import Collection, Coroutine, Mapping, Sequence
 
     from serveit.config import HTTPOptions
     from serveit.control.orders import BackendChange
@@ -196,16 +196,20 @@ class LocalRuntime:
                 going = own
             else:
                 staying = own[: new.num_replicas]
-                await self._replicas.configure(staying, new.settings)
                 try:
+                    await self._replicas.configure(staying, new.settings)
                     await self._add([new] * (new.num_replicas - len(own)))
                 except BaseException:
-                    await self._see_through(self._replicas.configure(staying, old.settings))
+                    await self._see_through(self._go_back(staying, old.settings))
                     raise
                 going = own[new.num_replicas :]
             self._spec = self._spec.changed(backend, wanted)
             self._healer.forgive(backend)
             await self._see_through(self.withdraw(going))
+
+    async def _go_back(self, replicas: Sequence[LocalReplica], settings: bytes) -> None:
+        for stuck in await self._replicas.go_back(replicas, settings):
+            self._healer.replace(stuck)
 
     async def fill_up(self, backend: str) -> None:
         """Start what is missing of a backend. Raises as `update` does."""
