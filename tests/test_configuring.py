@@ -165,6 +165,22 @@ class TestRefused:
         assert stage.serving == {"app.b": ["b#2"]}
         assert user_config(stage.launcher.of("b")[0]) is None
 
+    async def test_by_one_that_is_being_ended_anyway(self, stage: Stage) -> None:
+        await stage.deploy(spec(b=2))
+        one, two = stage.launcher.of("b")
+        two.may_stop.clear()
+        two.may_configure.clear()
+        await updating(stage, change("new"))
+        settled = await updating(stage, scaled_to(1))
+        two.refuses = ValueError("closed")
+        two.may_configure.set()
+        await stage.clock.settle()
+        assert isinstance(settled.result(), Deployed)
+        assert user_config(one) == "new"
+        two.may_stop.set()
+        await stage.clock.settle()
+        assert stage.running == ["b#1"]
+
     async def test_a_new_replica_that_does_not_come_up_takes_it_back(self, stage: Stage) -> None:
         await stage.deploy(spec(b=1))
         stage.launcher.eager = False

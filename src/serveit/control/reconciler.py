@@ -316,11 +316,11 @@ class Reconciler:
         elif isinstance(outcome, StartFailed):
             replica.settings = b""  # some of it may have come into force
             logger.error("app %r: replica %s: %s", app.name, replica.id, outcome.text)
-            is_wanted = settings == app.settings_of(replica)
+            is_wanted = replica.ending is None and settings == app.settings_of(replica)
             if is_wanted and app.hangs_on(replica):
                 text = f"replica {replica.id} cannot take in its new configuration: {outcome.text}"
                 self._fail(app, DeployFailed(text, outcome))
-            elif is_wanted and replica.ending is None:
+            elif is_wanted:
                 self._end(app, replica)
         self.reconcile(app)
 
