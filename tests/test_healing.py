@@ -118,13 +118,15 @@ async def test_given_up_and_tried_anew(caplog: pytest.LogCaptureFixture) -> None
         why = "5 replicas of backend 'Patient' died within 60 s, the last: "
         why += "another cannot start: OSError: no model"
         status = await client.status()
-        assert (status["failed"], status["message"]) == ({"Patient": why}, why)
+        told = {name: status[name] for name in ("state", "failed", "message")}
+        assert told == {"state": "FAILED", "failed": {"Patient": why}, "message": why}
         assert f"{why}: given up" in caplog.text
         with pytest.raises(NoReplica, match="failed for good"):
             await client.get_handle("Patient").call()
         WARD["fails"] = False
         await client.update("Patient", num_replicas=1)
-        assert (await client.status())["failed"] == {}
+        status = await client.status()
+        assert (status["state"], status["failed"]) == ("RUNNING", {})
         assert await client.get_handle("Patient").call() == 2
 
 

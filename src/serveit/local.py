@@ -155,15 +155,16 @@ class LocalRuntime:
 
     async def status(self) -> dict[str, Any]:
         """Each backend's replicas and what they are doing."""
+        failed = self._healer.given_up
         return {
             "app": self.name,
             "url": self.url,
-            "state": "DELETING" if self._closed else "RUNNING",
-            "message": "; ".join(self._healer.given_up.values()),
+            "state": "DELETING" if self._closed else "FAILED" if failed else "RUNNING",
+            "message": "; ".join(failed.values()),
             "version": self._version,
             "num_replicas": {backend.name: backend.num_replicas for backend in self._spec.backends},
             "backends": {**{name: {} for name in self.app.backends}, **self._replicas.status()},
-            "failed": dict(self._healer.given_up),
+            "failed": dict(failed),
         }
 
     async def spec(self) -> AppSpec:
