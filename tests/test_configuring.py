@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from serveit.config import BackendConfig
-from serveit.control.orders import BackendChange, Deployed, DeployFailed, ReplicaOrder, Settings
+from serveit.control.orders import BackendChange, Deployed, DeployFailed, Health, ReplicaOrder, Settings
 from serveit.control.snapshot import Snapshot
 from tests.stage import FakeProcess, Stage, actor_name, scaled_to, spec, staged
 
@@ -164,6 +164,29 @@ class TestRefused:
         assert stage.running == ["b#2"]
         assert stage.serving == {"app.b": ["b#2"]}
         assert user_config(stage.launcher.of("b")[0]) is None
+
+    @pytest.mark.parametrize("hangs", [False, True])
+    async def test_by_the_death_of_the_first_none_else_is_asked(self, stage: Stage, *, hangs: bool) -> None:
+        await stage.deploy(spec(b=2))
+        one, two = stage.launcher.of("b")
+        one.may_configure.clear()
+        settled = await updating(stage, change("deadly"))
+        stage.launcher.eager = False
+        if hangs:
+            one.condition = Health("blocked", hangs=True)
+        else:
+            one.die()
+        await stage.clock.advance(6.0)
+        for _ in range(6):
+            assert two.configured == [] and not settled.done()
+            assert stage.serving == {"app.b": ["b#2"]}
+            stage.launcher.of("b")[-1].die()
+            await stage.clock.settle()
+        one.may_configure.set()
+        assert isinstance(settled.result(), DeployFailed)
+        stage.launcher.of("b")[-1].ready()
+        await stage.clock.settle()
+        assert [user_config(process) for process in stage.launcher.of("b")] == [None, None]
 
     async def test_by_one_that_is_being_ended_anyway(self, stage: Stage) -> None:
         await stage.deploy(spec(b=2))

@@ -29,7 +29,8 @@ class RunningApp:
 
     All mutable state: `target` (the version that it is to be), `live` (the one whose routes callers know;
     None before the first one is up), `replicas` (by id), `outcome` (what becomes of the last change),
-    `failed` (why the last one has), `before` (backends as they were before that change),
+    `failed` (why the last one has), `before` (backends as they were before that change), `feared` (settings
+    that a replica died of while it took them in),
     `moved` (set, and replaced, whenever something of this may have changed), `timer` (to look again),
     `leaving` (it has been deleted: what runs may end, and still finds what it calls), `tally`.
     """
@@ -41,6 +42,7 @@ class RunningApp:
         self.outcome: asyncio.Future[Deployed | DeployFailed] = asyncio.get_running_loop().create_future()
         self.failed = ""
         self.before: dict[str, BackendSpec] = {}
+        self.feared: set[bytes] = set()
         self.moved = asyncio.Event()
         self.timer: Timer | None = None
         self.leaving = False
@@ -168,6 +170,7 @@ class RunningApp:
         if not self.changing:
             self.outcome = asyncio.get_running_loop().create_future()
             self.before = {}
+            self.feared.clear()
         self.failed = ""
 
     def update(self, backend: str, wanted: BackendChange) -> None:
@@ -198,15 +201,23 @@ class RunningApp:
         while not self._is_configured:
             await self.moved.wait()
 
+    def fear(self, replica: Replica) -> None:
+        """It has died, or hangs: maybe of what it was just being given."""
+        if replica.taking_in is not None:
+            self.feared.add(replica.taking_in)
+
     def to_configure(self) -> list[Replica]:
         """Replicas that are to be given other settings now: one of a backend's first; the others, when it
-        has taken them in."""
+        has taken them in. Where that has killed it, when the one in its place has come up with them."""
         found = []
         for name in {replica.backend for replica in self.replicas.values()}:
-            ready = [r for r in self.replicas.values() if r.backend == name and r.is_ready]
+            pool = [r for r in self.replicas.values() if r.backend == name]
+            ready = [r for r in pool if r.is_ready]
             waiting = [r for r in ready if r.taking_in is None and r.settings != self.settings_of(r)]
             taken_in = {replica.settings for replica in ready}
-            begun = {replica.taking_in for replica in ready}
+            begun = {replica.taking_in for replica in pool}
+            if any(replica.stage == "starting" for replica in pool):
+                begun |= self.feared
             for replica in waiting:
                 settings = self.settings_of(replica)
                 if settings in taken_in or settings not in begun:

@@ -284,6 +284,7 @@ class Reconciler:
         if replica.ending is not None:
             return
         if isinstance(last, str):
+            app.fear(replica)
             del app.replicas[replica.id]
             app.tally.died(replica.backend)
             logger.error("replica %s of app %r died: %s", replica.id, app.name, last)
@@ -297,6 +298,7 @@ class Reconciler:
         what = "killing it" if health.hangs else "another takes its place"
         logger.error("replica %s of app %r is unhealthy: %s; %s", replica.id, app.name, health.illness, what)
         replica.health = health
+        app.fear(replica)
         app.tally.died(replica.backend)
         self._end(app, replica)
         self._count(app, replica, f"replica {replica.id} was unhealthy: {health.illness}")
@@ -308,6 +310,7 @@ class Reconciler:
         try:
             outcome = await replica.process.configure(settings)
         except ProcessDied:
+            app.fear(replica)
             return  # whoever supervises it sees that, too
         finally:
             replica.taking_in = None
