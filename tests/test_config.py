@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from types import MappingProxyType
 from typing import Any
 
+import msgspec
 import pytest
 
 from serveit import BackendConfig, HTTPOptions
@@ -137,3 +139,16 @@ def test_no_time_is_longer_than_a_year() -> None:
         with pytest.raises(ValueError, match=f"{name} must be ≤ 31536000 seconds, a year, got 1e.17"):
             BackendConfig().merge(**{name: 1e17})
     assert BackendConfig(request_timeout_s=MAX_SECONDS).request_timeout_s == MAX_SECONDS
+
+
+def test_what_travels_is_plain() -> None:
+    class Seconds(float):
+        """As numpy has them."""
+
+    options = {"num_cpus": Seconds(0.5), "runtime_env": {"pip": ["a"], "env_vars": {"A": "b"}}}
+    config = BackendConfig(request_timeout_s=Seconds(2.5), ray_actor_options=MappingProxyType(options))
+    plain = msgspec.msgpack.decode(msgspec.msgpack.encode(config), type=BackendConfig)
+    assert plain == config
+    assert (config.request_timeout_s, config.ray_actor_options) == (2.5, options)
+    options["num_cpus"] = 4
+    assert config.ray_actor_options == plain.ray_actor_options
