@@ -359,6 +359,41 @@ class TestTogether:
         assert [user_config(process) for process in stage.launcher.of("b")] == [None, None]
         assert two.alive and len(stage.serving["app.b"]) == 2
 
+    async def test_one_that_kills_leaves_nothing_of_it(self, stage: Stage) -> None:
+        await stage.deploy(spec(b=1, c=1))
+        stage.launcher.eager = False
+        settled = await updating(stage, change(num_threads=2), "c")
+        one = stage.launcher.of("b")[0]
+        one.may_configure.clear()
+        await updating(stage, change("deadly"))
+        one.die()
+        one.may_configure.set()
+        for _ in range(3):
+            await stage.clock.settle()
+            again = stage.launcher.of("b")[0]
+            assert user_config(again) == "deadly", "it is started with that, and dies of it"
+            again.die()
+        await stage.clock.settle()
+        assert isinstance(settled.result(), DeployFailed)
+        stage.launcher.of("b")[0].ready()
+        await stage.clock.settle()
+        assert len(stage.serving["app.b"]) == 1 and not (await stage.status())["failed"]
+
+    async def test_what_was_given_up_meanwhile_is_tried_as_it_was_before(self, stage: Stage) -> None:
+        await stage.deploy(spec(b=1))
+        stage.launcher.eager = False
+        settled = await updating(stage, change(num_replicas=2))
+        for _ in range(5):
+            stage.launcher.of("b")[0].die()
+            await stage.clock.advance(9.0)
+            if not settled.done():
+                stage.launcher.of("b")[0].ready()
+                await stage.clock.settle()
+        assert "5 replicas of backend 'b' died" in settled.result().text
+        stage.launcher.of("b")[0].ready()
+        await stage.clock.settle()
+        assert len(stage.serving["app.b"]) == 1 and not (await stage.status())["failed"]
+
     async def test_a_deploy_that_overtakes_one_and_fails(self, stage: Stage) -> None:
         await stage.deploy(spec(b=1))
         one = stage.launcher.of("b")[0]

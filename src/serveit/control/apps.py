@@ -101,7 +101,7 @@ class RunningApp:
 
     def _asks_more_of(self, backend: str) -> bool:
         """Whether the target goes on with a backend's replicas, but not as they are."""
-        if self.live is None or self.live is self.target:
+        if self.live is None or self.live is self.target or backend not in self.target.shared_with(self.live):
             return False
         wanted = self.target.spec.backend(backend)
         return self.live.spec.backend(backend) != msgspec.structs.replace(
@@ -184,11 +184,15 @@ class RunningApp:
                 version.forgive(backend)
         self.before.setdefault(backend, before.backend(backend))
 
-    def settings_of(self, replica: Replica) -> bytes:
-        """What one of its replicas is to be configured by."""
+    def spec_of(self, replica: Replica) -> BackendSpec:
+        """What one of its replicas is to be."""
         versions = (self.target, self.live, replica.version)
         version = next(v for v in versions if v is not None and v.runs(replica))
-        return version.spec.backend(replica.backend).settings
+        return version.spec.backend(replica.backend)
+
+    def settings_of(self, replica: Replica) -> bytes:
+        """What one of its replicas is to be configured by."""
+        return self.spec_of(replica).settings
 
     @property
     def _is_configured(self) -> bool:
@@ -256,6 +260,9 @@ class RunningApp:
         """To what it was before the change; whether there is anything to go back to."""
         if self.live is None:
             return False
+        for backend in self.live.spec.backends:
+            if backend.name in self.before or self._asks_more_of(backend.name):
+                self.live.forgive(backend.name)  # its replicas may have died of what they were to be
         self._take_back()
         self.target = self.live
         self._settle_in(self.live)
