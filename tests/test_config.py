@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from types import MappingProxyType
 from typing import Any
 
+import msgspec
 import pytest
 
 from serveit import BackendConfig, HTTPOptions
@@ -146,3 +148,16 @@ def test_who_comes_from_ray_serve_is_told_what_to_write(name: str) -> None:
     assert name not in {field.name for field in dataclasses.fields(BackendConfig)}
     with pytest.raises(TypeError, match=f"no option '{name}': {re.escape(FOREIGN_OPTIONS[name])}"):
         BackendConfig.from_options(None, {name: 1})
+
+
+def test_what_travels_is_plain() -> None:
+    class Seconds(float):
+        """As numpy has them."""
+
+    options = {"num_cpus": Seconds(0.5), "runtime_env": {"pip": ["a"], "env_vars": {"A": "b"}}}
+    config = BackendConfig(request_timeout_s=Seconds(2.5), ray_actor_options=MappingProxyType(options))
+    plain = msgspec.msgpack.decode(msgspec.msgpack.encode(config), type=BackendConfig)
+    assert plain == config
+    assert (config.request_timeout_s, config.ray_actor_options) == (2.5, options)
+    options["num_cpus"] = 4
+    assert config.ray_actor_options == plain.ray_actor_options

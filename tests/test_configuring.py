@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from serveit.config import BackendConfig
-from serveit.control.orders import BackendChange, Deployed, DeployFailed, ReplicaOrder, Settings
+from serveit.control.orders import BackendChange, Deployed, DeployFailed, Health, ReplicaOrder, Settings
 from serveit.control.snapshot import Snapshot
 from tests.stage import FakeProcess, Stage, actor_name, scaled_to, spec, staged
 
@@ -165,6 +165,45 @@ class TestRefused:
         assert stage.serving == {"app.b": ["b#2"]}
         assert user_config(stage.launcher.of("b")[0]) is None
 
+    @pytest.mark.parametrize("hangs", [False, True])
+    async def test_by_the_death_of_the_first_none_else_is_asked(self, stage: Stage, *, hangs: bool) -> None:
+        await stage.deploy(spec(b=2))
+        one, two = stage.launcher.of("b")
+        one.may_configure.clear()
+        settled = await updating(stage, change("deadly"))
+        stage.launcher.eager = False
+        if hangs:
+            one.condition = Health("blocked", hangs=True)
+        else:
+            one.die()
+        await stage.clock.advance(6.0)
+        for _ in range(6):
+            assert two.configured == [] and not settled.done()
+            assert stage.serving == {"app.b": ["b#2"]}
+            stage.launcher.of("b")[-1].die()
+            await stage.clock.settle()
+        one.may_configure.set()
+        assert isinstance(settled.result(), DeployFailed)
+        stage.launcher.of("b")[-1].ready()
+        await stage.clock.settle()
+        assert [user_config(process) for process in stage.launcher.of("b")] == [None, None]
+
+    async def test_by_one_that_is_being_ended_anyway(self, stage: Stage) -> None:
+        await stage.deploy(spec(b=2))
+        one, two = stage.launcher.of("b")
+        two.may_stop.clear()
+        two.may_configure.clear()
+        await updating(stage, change("new"))
+        settled = await updating(stage, scaled_to(1))
+        two.refuses = ValueError("closed")
+        two.may_configure.set()
+        await stage.clock.settle()
+        assert isinstance(settled.result(), Deployed)
+        assert user_config(one) == "new"
+        two.may_stop.set()
+        await stage.clock.settle()
+        assert stage.running == ["b#1"]
+
     async def test_a_new_replica_that_does_not_come_up_takes_it_back(self, stage: Stage) -> None:
         await stage.deploy(spec(b=1))
         stage.launcher.eager = False
@@ -280,6 +319,115 @@ class TestByNewReplicas:
         settled = await updating(stage, change(num_threads=4))
         assert isinstance(settled.result(), Deployed)
         assert stage.serving == {"app.b": ["b#2"]}
+
+
+@staged
+class TestTogether:
+    """Changes of several backends at once, of which one takes new replicas."""
+
+    async def test_come_into_force_together(self, stage: Stage) -> None:
+        await stage.deploy(spec(b=2, c=1, d=1))
+        one = stage.launcher.of("b")[0]
+        one.may_configure.clear()
+        in_place = await updating(stage, change("new", num_replicas=3))
+        anew = await updating(stage, change(num_threads=2), "c")
+        another = await updating(stage, change(num_threads=2), "d")
+        assert not (in_place.done() or anew.done() or another.done())
+        one.may_configure.set()
+        await stage.clock.settle()
+        assert [type(task.result()) for task in (in_place, anew, another)] == [Deployed] * 3
+        assert [user_config(process) for process in stage.launcher.of("b")] == ["new"] * 3
+        assert len(stage.serving["app.b"]) == 3 and (await stage.status())["state"] == "RUNNING"
+
+    @pytest.mark.parametrize("dies", [False, True])
+    async def test_one_that_is_refused_leaves_nothing_of_it(self, stage: Stage, *, dies: bool) -> None:
+        await stage.deploy(spec(b=2, c=1))
+        one, two = stage.launcher.of("b")
+        one.refuses = ValueError("no such threshold")
+        one.may_configure.clear()
+        await updating(stage, change("bad"))
+        stage.launcher.eager = False
+        await updating(stage, change(num_threads=2), "c")
+        if dies:
+            await stage.follow()
+        one.may_configure.set()
+        stage.launcher.eager = True
+        outcome = await stage.result(stage.controller.settled("app"))
+        assert isinstance(outcome, DeployFailed) and "no such threshold" in outcome.text
+        await stage.clock.advance(1.0)
+        assert stage.controller.describe("app") == spec(b=2, c=1)
+        assert [user_config(process) for process in stage.launcher.of("b")] == [None, None]
+        assert two.alive and len(stage.serving["app.b"]) == 2
+
+    async def test_one_that_kills_leaves_nothing_of_it(self, stage: Stage) -> None:
+        await stage.deploy(spec(b=1, c=1))
+        stage.launcher.eager = False
+        settled = await updating(stage, change(num_threads=2), "c")
+        one = stage.launcher.of("b")[0]
+        one.may_configure.clear()
+        await updating(stage, change("deadly"))
+        one.die()
+        one.may_configure.set()
+        for _ in range(3):
+            await stage.clock.settle()
+            again = stage.launcher.of("b")[0]
+            assert user_config(again) == "deadly", "it is started with that, and dies of it"
+            again.die()
+        await stage.clock.settle()
+        assert isinstance(settled.result(), DeployFailed)
+        stage.launcher.of("b")[0].ready()
+        await stage.clock.settle()
+        assert len(stage.serving["app.b"]) == 1 and not (await stage.status())["failed"]
+
+    async def test_what_was_given_up_meanwhile_is_tried_as_it_was_before(self, stage: Stage) -> None:
+        await stage.deploy(spec(b=1))
+        stage.launcher.eager = False
+        settled = await updating(stage, change(num_replicas=2))
+        for _ in range(5):
+            stage.launcher.of("b")[0].die()
+            await stage.clock.advance(9.0)
+            if not settled.done():
+                stage.launcher.of("b")[0].ready()
+                await stage.clock.settle()
+        assert "5 replicas of backend 'b' died" in settled.result().text
+        stage.launcher.of("b")[0].ready()
+        await stage.clock.settle()
+        assert len(stage.serving["app.b"]) == 1 and not (await stage.status())["failed"]
+
+    async def test_a_deploy_that_overtakes_one_and_fails(self, stage: Stage) -> None:
+        await stage.deploy(spec(b=1))
+        one = stage.launcher.of("b")[0]
+        one.may_configure.clear()
+        update = await updating(stage, change("new"))
+        stage.launcher.eager = False
+        deploy = await stage.deploying(spec(b=1))
+        one.may_configure.set()
+        await stage.clock.settle()
+        assert "in between" in update.result().text
+        assert user_config(one) is None, "what was said to have failed is taken back"
+        stage.launcher.of("b#2")[0].fail(ValueError("no"))
+        await stage.clock.settle()
+        assert isinstance(deploy.result(), DeployFailed)
+        assert stage.controller.describe("app") == spec(b=1)
+        assert stage.kept.checkpoint.apps["app"].spec == spec(b=1)
+
+    async def test_one_that_was_given_up_is_tried_anew(self, stage: Stage) -> None:
+        await stage.deploy(spec(b=1, c=1))
+        for _ in range(5):
+            stage.launcher.of("c")[0].die()
+            await stage.clock.advance(9.0)
+        assert stage.serving["app.c"] == []
+        stage.launcher.eager = False
+        await updating(stage, change(num_threads=2))
+        stage.launcher.eager = True
+        await updating(stage, scaled_to(2), "c")
+        given_up = [version.given_up for version in stage.kept.checkpoint.apps["app"].versions]
+        assert given_up == [{}, {}]
+        for process in stage.launcher.of(""):
+            process.ready()
+        await stage.clock.settle()
+        assert len(stage.serving["app.c"]) == 2
+        assert (await stage.status())["state"] == "RUNNING"
 
 
 @staged

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
 import pytest
 import ray
 
 from serveit import App
+from serveit.cluster import instance
 from serveit.cluster.environments import merged, packed, reason
+from serveit.control.orders import BackendChange, Deployed, encode
 from serveit.control.spec import app_spec
 
 SAID = """Failed to set up runtime environment.
@@ -60,3 +66,25 @@ def test_ray_is_not_started_to_pack_one(monkeypatch: pytest.MonkeyPatch) -> None
     app.backend("a:b", name="b", ray_actor_options={"runtime_env": {"working_dir": "/not/here"}})
     spec = app_spec(app, name="main", code=b"")
     assert packed(spec) == spec
+
+
+@pytest.mark.parametrize("given", [None, {}, {"num_cpus": 1}])
+async def test_a_job_s_stays_whatever_a_change_asks_for(given: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[BackendChange] = []
+
+    async def ask(controller: object, what: str, *arguments: Any, **options: Any) -> bytes:
+        asked.append(msgspec.msgpack.decode(arguments[2], type=BackendChange))
+        return encode(Deployed((1, 1)))
+
+    def with_a_job(backend: str, options: Mapping[str, Any]) -> dict[str, Any]:
+        return {**options, "runtime_env": {"env_vars": {"A": "job"}}}
+
+    monkeypatch.setattr(instance, "ask", ask)
+    monkeypatch.setattr(instance, "packed_options", with_a_job)
+    app = instance.InstanceApp(None, "main")
+    await app.update("b", BackendChange({"num_replicas": 2}))
+    await app.update("b", BackendChange({"ray_actor_options": given}))
+    assert [change.options for change in asked] == [
+        {"num_replicas": 2},
+        {"ray_actor_options": {**(given or {}), "runtime_env": {"env_vars": {"A": "job"}}}},
+    ]

@@ -118,13 +118,15 @@ async def test_given_up_and_tried_anew(caplog: pytest.LogCaptureFixture) -> None
         why = "5 replicas of backend 'Patient' died within 60 s, the last: "
         why += "another cannot start: OSError: no model"
         status = await client.status()
-        assert (status["failed"], status["message"]) == ({"Patient": why}, why)
+        told = {name: status[name] for name in ("state", "failed", "message")}
+        assert told == {"state": "FAILED", "failed": {"Patient": why}, "message": why}
         assert f"{why}: given up" in caplog.text
         with pytest.raises(NoReplica, match="was given up"):
             await client.get_handle("Patient").call()
         WARD["fails"] = False
         await client.update("Patient", num_replicas=1)
-        assert (await client.status())["failed"] == {}
+        status = await client.status()
+        assert (status["state"], status["failed"]) == ("RUNNING", {})
         assert await client.get_handle("Patient").call() == 2
 
 
@@ -153,3 +155,49 @@ async def test_other_options_hold_from_the_next_check_on() -> None:
         assert list(await replicas(client)) == ["Patient#1"], "the first check was due by the old ones"
         await client.clock.advance(2)
         assert list(await replicas(client)) == ["Patient#2"]
+
+
+def moody(**options: Any) -> App:
+    app = App()
+
+    @app.backend(**options)
+    class Moody:
+        def __init__(self) -> None:
+            if WARD["fails"]:
+                raise OSError("no model")
+            self.mood = "none"
+
+        async def reconfigure(self, user_config: str) -> None:
+            self.mood = user_config
+            if user_config == "bad":
+                raise ValueError("bad mood")
+
+        async def __call__(self) -> str:
+            return self.mood
+
+    return app
+
+
+async def test_one_that_cannot_go_back_is_replaced() -> None:
+    async with testing.local(moody()) as client:
+        for _ in range(6):
+            with pytest.raises(ValueError, match="bad mood"):
+                await client.update("Moody", user_config="bad")
+            await client.clock.settle()
+            assert await client.get_handle("Moody").call() == "none"
+        await client.update("Moody", num_replicas=2)
+        status = await client.status()
+        assert (len(status["backends"]["Moody"]), status["failed"]) == (2, {})
+
+
+async def test_what_a_new_replica_raises_is_told_though_another_cannot_go_back() -> None:
+    async with testing.local(moody()) as client:
+        WARD["fails"] = True
+        with pytest.raises(OSError, match="no model"):
+            await client.update("Moody", user_config="good", num_replicas=2)
+        WARD["fails"] = False
+        await client.clock.settle()
+        await client.clock.advance(1.0)
+        assert await client.get_handle("Moody").call() == "none"
+        await client.update("Moody", user_config="good")
+        assert await client.get_handle("Moody").call() == "good"

@@ -70,6 +70,19 @@ async def test_started_with_what_the_code_says() -> None:
         assert running.given == ["declared", "other", "declared"]
 
 
+async def test_equal_ones_are_no_change_however_they_are_pickled() -> None:
+    word = "".join(["wo", "rd"])
+    shared, apart = {"a": [word, word], "b": {1, 9}}, {"a": ["word", "".join(word)], "b": {9, 1}}
+    assert pickle.dumps(shared) != pickle.dumps(apart)
+    async with Running(shared) as running:
+        await running.take_in(encoded(apart))
+        assert running.given == [shared]
+        for other in ({**apart, "b": {1}}, {**apart, "a": ("word", "word")}, {"a": [1]}, {"a": [True]}):
+            await running.take_in(encoded(other))
+            assert running.given[-1] == other
+        assert len(running.given) == 5
+
+
 async def test_started_with_what_was_changed_before() -> None:
     octets = encoded("changed", max_ongoing_requests=3)
     async with Running("declared", octets) as running:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from serveit.nearest import did_you_mean as did_you_mean  # most ask for it here
-from serveit.resources import check_actor_options
+from serveit.resources import check_actor_options, plain
 from serveit.types import DEFAULT_METHOD
 
 Location = Literal["HeadOnly", "EveryNode", "NoServer"]
@@ -117,6 +117,12 @@ class BackendConfig:
         if self.ray_actor_options is not None:
             check_actor_options(self.ray_actor_options)
         self._check_batching()
+        self._make_plain()
+
+    def _make_plain(self) -> None:
+        for field in dataclasses.fields(self):
+            if field.name != "user_config":
+                object.__setattr__(self, field.name, plain(getattr(self, field.name)))
 
     def _check_batching(self) -> None:
         methods: Any = self.batch_methods

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -17,6 +17,8 @@ from serveit.control.replicas import Version
 from serveit.exceptions import NotServing
 
 if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
     from serveit.control.orders import Health
     from serveit.control.snapshot import AppInfo
     from serveit.local import LocalRuntime
@@ -62,14 +64,23 @@ class Healer:
     def fell_ill(self, known: LocalReplica, health: Health) -> None:
         """It is not to be used any more: replace it."""
         logger.error("replica %s is unhealthy: %s; another takes its place", known.replica.id, health.illness)
-        task = asyncio.get_running_loop().create_task(self._replace(known, health))
+        self._begin(self._heal(known, health))
+
+    def replace(self, known: LocalReplica) -> None:
+        """It is not to be used any more, through no fault of its own: that counts as no death."""
+        self._begin(self._replace(known))
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._done)
 
-    async def _replace(self, known: LocalReplica, health: Health) -> None:
+    async def _heal(self, known: LocalReplica, health: Health) -> None:
         await self._count(known.backend, f"replica {known.replica.id} was unhealthy: {health.illness}")
-        withdrawing = self._runtime.withdraw([known], 0.0 if health.hangs else None)
-        await asyncio.gather(withdrawing, self._fill_up(known.backend))
+        await self._replace(known, 0.0 if health.hangs else None)
+
+    async def _replace(self, known: LocalReplica, limit_s: float | None = None) -> None:
+        await asyncio.gather(self._runtime.withdraw([known], limit_s), self._fill_up(known.backend))
 
     async def _fill_up(self, backend: str) -> None:
         """Start what is missing, however often that takes."""

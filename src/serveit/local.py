@@ -28,7 +28,7 @@ from serveit.web.ingress import Ingress
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Collection, Coroutine, Mapping
+    from collections.abc import Collection, Coroutine, Mapping, Sequence
 
     from serveit.config import HTTPOptions
     from serveit.control.orders import BackendChange
@@ -155,15 +155,16 @@ class LocalRuntime:
 
     async def status(self) -> dict[str, Any]:
         """Each backend's replicas and what they are doing."""
+        failed = self._healer.given_up
         return {
             "app": self.name,
             "url": self.url,
-            "state": "DELETING" if self._closed else "RUNNING",
-            "message": "; ".join(self._healer.given_up.values()),
+            "state": "DELETING" if self._closed else "FAILED" if failed else "RUNNING",
+            "message": "; ".join(failed.values()),
             "version": self._version,
             "num_replicas": {backend.name: backend.num_replicas for backend in self._spec.backends},
             "backends": {**{name: {} for name in self.app.backends}, **self._replicas.status()},
-            "failed": dict(self._healer.given_up),
+            "failed": dict(failed),
         }
 
     async def spec(self) -> AppSpec:
@@ -196,16 +197,20 @@ class LocalRuntime:
                 going = own
             else:
                 staying = own[: new.num_replicas]
-                await self._replicas.configure(staying, new.settings)
                 try:
+                    await self._replicas.configure(staying, new.settings)
                     await self._add([new] * (new.num_replicas - len(own)))
                 except BaseException:
-                    await self._see_through(self._replicas.configure(staying, old.settings))
+                    await self._see_through(self._go_back(staying, old.settings))
                     raise
                 going = own[new.num_replicas :]
             self._spec = self._spec.changed(backend, wanted)
             self._healer.forgive(backend)
             await self._see_through(self.withdraw(going))
+
+    async def _go_back(self, replicas: Sequence[LocalReplica], settings: bytes) -> None:
+        for stuck in await self._replicas.go_back(replicas, settings):
+            self._healer.replace(stuck)
 
     async def fill_up(self, backend: str) -> None:
         """Start what is missing of a backend. Raises as `update` does."""

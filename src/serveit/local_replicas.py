@@ -175,23 +175,30 @@ class LocalReplicas:
             raise
 
     async def configure(self, replicas: Sequence[LocalReplica], settings: bytes) -> None:
-        """Give all of these other settings, one after the other. Where one cannot take them in, those before
-        it go back, and what it raised is raised."""
-        before = [known.settings.octets for known in replicas]
-        for index, known in enumerate(replicas):
+        """Give all of these other settings, one after the other; raises what the first one raises that
+        cannot take them in."""
+        for known in replicas:
             try:
                 await known.settings.take_in(known.replica, settings)
             except BaseException as error:
                 error.add_note(f"(while replica {known.replica.id} of app {self._name!r} was configured)")
-                for taken, old in zip(replicas[: index + 1], before, strict=False):
-                    await self._go_back(taken, old)
                 raise
 
-    async def _go_back(self, known: LocalReplica, settings: bytes) -> None:
-        try:
-            await known.settings.take_in(known.replica, settings)
-        except Exception:
-            logger.exception("replica %s cannot go back to the configuration before", known.replica.id)
+    async def go_back(self, replicas: Sequence[LocalReplica], settings: bytes) -> list[LocalReplica]:
+        """Give these back the settings that they had; those that cannot take them."""
+        stuck = []
+        for known in replicas:
+            try:
+                await known.settings.take_in(known.replica, settings)
+            except Exception as error:
+                stuck.append(known)
+                logger.error(
+                    "replica %s cannot go back to the configuration before: %s: %s; another takes its place",
+                    known.replica.id,
+                    type(error).__name__,
+                    error,
+                )
+        return stuck
 
     def dismiss(self, replicas: Collection[LocalReplica]) -> None:
         """These do not serve any more; whoever publishes next says so."""

@@ -71,6 +71,18 @@ def check_actor_options(options: Any) -> None:
         _CHECKS[name](f"ray_actor_options[{name!r}]", value)
 
 
+def plain(value: Any) -> Any:
+    """An option's value as it travels: numbers and dicts of other kinds (numpy's, read-only ones) as those of
+    Python, and a copy, so that nobody changes it later."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
+    if isinstance(value, float):
+        return float(value)
+    return value
+
+
 def matches(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
     """Whether a node with these labels is one that a `label_selector` asks for."""
     return all(_is_meant(labels.get(key), wanted) for key, wanted in selector.items())

@@ -177,9 +177,10 @@ class InstanceApp:
     async def update(self, backend: str, wanted: BackendChange, *, wait: bool = True) -> None:
         """Change a backend's options; returns when they are in force, or, told not to wait, when they are
         sure to be tried."""
-        if actor_options := wanted.options.get("ray_actor_options"):
-            asked = await asyncio.to_thread(packed_options, backend, actor_options)
-            options = {**wanted.options, "ray_actor_options": asked}
+        if "ray_actor_options" in wanted.options:  # none, too: what the driver's job has is not left out
+            given = wanted.options["ray_actor_options"]
+            asked = await asyncio.to_thread(packed_options, backend, {} if given is None else given)
+            options = {**wanted.options, "ray_actor_options": asked or None}
             wanted = msgspec.structs.replace(wanted, options=options)
         octets = await ask(
             self._controller, "update", self._name, backend, encode(wanted), wait, timeout_s=None

@@ -29,7 +29,8 @@ class RunningApp:
 
     All mutable state: `target` (the version that it is to be), `live` (the one whose routes callers know;
     None before the first one is up), `replicas` (by id), `outcome` (what becomes of the last change),
-    `failed` (why the last one has), `before` (backends as they were before that change),
+    `failed` (why the last one has), `before` (backends as they were before that change), `feared` (settings
+    that a replica died of while it took them in),
     `moved` (set, and replaced, whenever something of this may have changed), `timer` (to look again),
     `leaving` (it has been deleted: what runs may end, and still finds what it calls), `tally`.
     """
@@ -41,6 +42,7 @@ class RunningApp:
         self.outcome: asyncio.Future[Deployed | DeployFailed] = asyncio.get_running_loop().create_future()
         self.failed = ""
         self.before: dict[str, BackendSpec] = {}
+        self.feared: set[bytes] = set()
         self.moved = asyncio.Event()
         self.timer: Timer | None = None
         self.leaving = False
@@ -95,7 +97,16 @@ class RunningApp:
         if not self.changing or not self.target.runs(replica):
             return False
         is_new = self.live is None or not self.live.runs(replica)
-        return is_new or replica.backend in self.before
+        return is_new or replica.backend in self.before or self._asks_more_of(replica.backend)
+
+    def _asks_more_of(self, backend: str) -> bool:
+        """Whether the target goes on with a backend's replicas, but not as they are."""
+        if self.live is None or self.live is self.target or backend not in self.target.shared_with(self.live):
+            return False
+        wanted = self.target.spec.backend(backend)
+        return self.live.spec.backend(backend) != msgspec.structs.replace(
+            wanted, since=self.live.spec.backend(backend).since
+        )
 
     @property
     def is_ending_some(self) -> bool:
@@ -143,18 +154,23 @@ class RunningApp:
 
     # -- changes -----------------------------------------------------------------------------
 
-    def begin(self, target: Version | None = None) -> None:
+    def begin(self, target: Version | None = None, *, joins: bool = False) -> None:
         """A change: what becomes of it is not known from now on.
 
         Args:
             target: the version that it is to be; None for a change within the one that it is.
+            joins: whether that one has in it what is under way: then the same becomes of both.
         """
         if target is not None:
-            self.settle(DeployFailed("another deploy of the app came in between"))
-            self.target = target
+            if self.changing:
+                self._take_back()
+            if not joins:
+                self.settle(DeployFailed("another deploy of the app came in between"))
+            self.target, self.before = target, {}
         if not self.changing:
             self.outcome = asyncio.get_running_loop().create_future()
             self.before = {}
+            self.feared.clear()
         self.failed = ""
 
     def update(self, backend: str, wanted: BackendChange) -> None:
@@ -163,14 +179,20 @@ class RunningApp:
         changed = before.changed(backend, wanted)
         self.begin()
         self.target.spec = changed
-        self.target.forgive(backend)
+        for version in self.versions:
+            if version.origin(backend) == self.target.origin(backend):  # its replicas are of both
+                version.forgive(backend)
         self.before.setdefault(backend, before.backend(backend))
+
+    def spec_of(self, replica: Replica) -> BackendSpec:
+        """What one of its replicas is to be."""
+        versions = (self.target, self.live, replica.version)
+        version = next(v for v in versions if v is not None and v.runs(replica))
+        return version.spec.backend(replica.backend)
 
     def settings_of(self, replica: Replica) -> bytes:
         """What one of its replicas is to be configured by."""
-        versions = (self.target, self.live, replica.version)
-        version = next(v for v in versions if v is not None and v.runs(replica))
-        return version.spec.backend(replica.backend).settings
+        return self.spec_of(replica).settings
 
     @property
     def _is_configured(self) -> bool:
@@ -183,15 +205,23 @@ class RunningApp:
         while not self._is_configured:
             await self.moved.wait()
 
+    def fear(self, replica: Replica) -> None:
+        """It has died, or hangs: maybe of what it was just being given."""
+        if replica.taking_in is not None:
+            self.feared.add(replica.taking_in)
+
     def to_configure(self) -> list[Replica]:
         """Replicas that are to be given other settings now: one of a backend's first; the others, when it
-        has taken them in."""
+        has taken them in. Where that has killed it, when the one in its place has come up with them."""
         found = []
         for name in {replica.backend for replica in self.replicas.values()}:
-            ready = [r for r in self.replicas.values() if r.backend == name and r.is_ready]
+            pool = [r for r in self.replicas.values() if r.backend == name]
+            ready = [r for r in pool if r.is_ready]
             waiting = [r for r in ready if r.taking_in is None and r.settings != self.settings_of(r)]
             taken_in = {replica.settings for replica in ready}
-            begun = {replica.taking_in for replica in ready}
+            begun = {replica.taking_in for replica in pool}
+            if any(replica.stage == "starting" for replica in pool):
+                begun |= self.feared
             for replica in waiting:
                 settings = self.settings_of(replica)
                 if settings in taken_in or settings not in begun:
@@ -230,12 +260,19 @@ class RunningApp:
         """To what it was before the change; whether there is anything to go back to."""
         if self.live is None:
             return False
-        if self.target is self.live:
-            for backend in self.before.values():
-                self.live.spec = self.live.spec.with_backend(backend)
+        for backend in self.live.spec.backends:
+            if backend.name in self.before or self._asks_more_of(backend.name):
+                self.live.forgive(backend.name)  # its replicas may have died of what they were to be
+        self._take_back()
         self.target = self.live
         self._settle_in(self.live)
         return True
+
+    def _take_back(self) -> None:
+        """What serves is to be as it was before the change that is under way."""
+        if self.live is not None and self.target is self.live:
+            for backend in self.before.values():
+                self.live.spec = self.live.spec.with_backend(backend)
 
     def settle(self, outcome: Deployed | DeployFailed) -> None:
         if self.changing:

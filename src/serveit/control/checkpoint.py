@@ -42,6 +42,11 @@ class VersionRecord(msgspec.Struct, frozen=True):
     given_up: dict[str, str] = {}
     """Why, by backend."""
 
+    def origin(self, backend: str) -> int:
+        """The version that a backend's replicas are made of."""
+        found = self.spec.find(backend)
+        return found.since or self.number if found is not None else self.number
+
     def forgiving(self, backend: str) -> VersionRecord:
         """The same with a backend that is tried anew."""
         given_up = {name: why for name, why in self.given_up.items() if name != backend}
@@ -98,15 +103,23 @@ class AppRecord(msgspec.Struct, frozen=True):
             KeyError, TypeError, ValueError: as `AppSpec.changed`.
         """
         changed = self.respecified(self.spec.changed(name, wanted))
-        versions = tuple(v.forgiving(name) if v.number == self.target else v for v in changed.versions)
+        origin = next(v.origin(name) for v in changed.versions if v.number == self.target)
+        versions = tuple(v.forgiving(name) if v.origin(name) == origin else v for v in changed.versions)
         before = {name: self.spec.backend(name), **(self.before if self.changing else {})}
         return msgspec.structs.replace(changed, versions=versions, before=before, changing=True, failed="")
 
     def retargeted(self, version: VersionRecord) -> AppRecord:
-        """The same on its way to another version."""
+        """The same on its way to another version. A change of what serves that was under way is not made of
+        it: the version may have that in it."""
+        kept = self
+        if self.changing and self.target == self.live:
+            spec = self.spec
+            for backend in self.before.values():
+                spec = spec.with_backend(backend)
+            kept = self.respecified(spec)
         return msgspec.structs.replace(
-            self,
-            versions=(*self.versions, version),
+            kept,
+            versions=(*kept.versions, version),
             target=version.number,
             before={},
             changing=True,

@@ -189,8 +189,9 @@ class Controller:
         self._reconciler.reconcile(app)
         return version.number
 
-    async def _retarget(self, app: RunningApp | None, version: Version) -> RunningApp:
-        """Keep, and then set, that an app is to be another version of itself; the first one, for None."""
+    async def _retarget(self, app: RunningApp | None, version: Version, *, joins: bool = False) -> RunningApp:
+        """Keep, and then set, that an app is to be another version of itself; the first one, for None. See
+        `RunningApp.begin`."""
         name = version.spec.name
         record = (
             AppRecord((version.record,), version.number, changing=True)
@@ -204,7 +205,7 @@ class Controller:
         if app is None:
             app = self._apps[name] = RunningApp(version)
         else:
-            app.begin(version)
+            app.begin(version, joins=joins)
         self.outcomes.remember(app)
         return app
 
@@ -228,7 +229,8 @@ class Controller:
             spec, number = app.target.spec, app.target.number
             changed = spec.changed(backend, wanted)
             if spec.backend(backend).config.needs_new_replicas(changed.backend(backend).config):
-                await self._retarget(app, Version(self._version + 1, changed.as_next(number, backend)))
+                version = Version(self._version + 1, changed.as_next(number, backend))
+                await self._retarget(app, version, joins=True)
             else:
                 await self._keep(name, app.record.updated(backend, wanted))
                 self._known(name).update(backend, wanted)  # a failed change may have ended it meanwhile

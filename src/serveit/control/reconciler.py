@@ -284,6 +284,7 @@ class Reconciler:
         if replica.ending is not None:
             return
         if isinstance(last, str):
+            app.fear(replica)
             del app.replicas[replica.id]
             app.tally.died(replica.backend)
             logger.error("replica %s of app %r died: %s", replica.id, app.name, last)
@@ -297,6 +298,7 @@ class Reconciler:
         what = "killing it" if health.hangs else "another takes its place"
         logger.error("replica %s of app %r is unhealthy: %s; %s", replica.id, app.name, health.illness, what)
         replica.health = health
+        app.fear(replica)
         app.tally.died(replica.backend)
         self._end(app, replica)
         self._count(app, replica, f"replica {replica.id} was unhealthy: {health.illness}")
@@ -308,6 +310,7 @@ class Reconciler:
         try:
             outcome = await replica.process.configure(settings)
         except ProcessDied:
+            app.fear(replica)
             return  # whoever supervises it sees that, too
         finally:
             replica.taking_in = None
@@ -316,11 +319,11 @@ class Reconciler:
         elif isinstance(outcome, StartFailed):
             replica.settings = b""  # some of it may have come into force
             logger.error("app %r: replica %s: %s", app.name, replica.id, outcome.text)
-            is_wanted = settings == app.settings_of(replica)
+            is_wanted = replica.ending is None and settings == app.settings_of(replica)
             if is_wanted and app.hangs_on(replica):
                 text = f"replica {replica.id} cannot take in its new configuration: {outcome.text}"
                 self._fail(app, DeployFailed(text, outcome))
-            elif is_wanted and replica.ending is None:
+            elif is_wanted:
                 self._end(app, replica)
         self.reconcile(app)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from serveit.declare.app import App
 
 
-class BackendSpec(msgspec.Struct, frozen=True):
+class BackendSpec(msgspec.Struct, frozen=True, dict=True):  # a dict for what is worked out once
     """One backend, as it is to be."""
 
     name: str
@@ -56,7 +57,7 @@ class BackendSpec(msgspec.Struct, frozen=True):
         """What its processes ask of the cluster."""
         return self.config.ray_actor_options or {}
 
-    @property
+    @cached_property
     def settings(self) -> bytes:
         """What its replicas are configured by: encoded `Settings`."""
         # What does not concern a process is left out: it need not be told when that changes.

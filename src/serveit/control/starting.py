@@ -54,7 +54,7 @@ class Starter:
         Raises:
             ProcessDied: without a word.
         """
-        order = self._order(replica)
+        order = self._order(app, replica)
         process = replica.process = launch(order)
         try:
             if (lacking := await self._placed(app, replica, order)) is not None:
@@ -69,9 +69,9 @@ class Starter:
             return DeployFailed(f"replica {replica.id} cannot start: {why}", outcome)
         return outcome
 
-    def _order(self, replica: Replica) -> ReplicaOrder:
+    def _order(self, app: RunningApp, replica: Replica) -> ReplicaOrder:
         spec, around = replica.version.spec, self.surroundings
-        backend = spec.backend(replica.backend)
+        backend = app.spec_of(replica)
         return ReplicaOrder(
             id=replica.id,
             app=spec.name,

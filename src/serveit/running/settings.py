@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from typing import TYPE_CHECKING
+from types import NoneType
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from serveit.config import BackendConfig
     from serveit.declare.backend import BackendRecord
     from serveit.running.replica import Replica
+
+PLAIN = (str, bytes, int, float, bool, set, frozenset, NoneType)
+"""What says by itself whether it is equal."""
 
 
 def configured(backend: BackendRecord, octets: bytes) -> BackendRecord:
@@ -69,13 +73,36 @@ class LiveSettings:
             if octets == self.octets:
                 return
             config, user_config = _decode(self._declared, octets)[0], self._user_config_of(octets)
-            is_another = user_config != self._user_config or not self._is_certain
+            is_another = not (self._is_certain and _are_equal(user_config, self._user_config))
             if is_another and config.user_config is None:
                 raise ValueError("it was started without a user_config: there is none to go back to")
             self.octets = b""
             self._is_certain = not is_another
             await replica.configure(config, reconfigure=is_another)
             self.octets, self._user_config, self._is_certain = octets, user_config, True
+
+
+def _are_equal(one: bytes | None, other: bytes | None) -> bool:
+    """Whether two pickles are of the same. The octets need not be: the order of a set is another in each
+    process, and what is the same object twice is written once."""
+    if one is None or other is None or one == other:
+        return one == other
+    try:
+        return _is_same(load((), one), load((), other))
+    except Exception:  # whatever the user's classes do
+        return False
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """For plain data; of what else there is, only the octets are known to tell."""
+    kind = type(one)
+    if kind is not type(other):
+        return False
+    if kind is dict:
+        return one.keys() == other.keys() and all(_is_same(value, other[key]) for key, value in one.items())
+    if kind in (list, tuple):
+        return len(one) == len(other) and all(map(_is_same, one, other))
+    return kind in PLAIN and bool(one == other)
 
 
 def _decode(declared: BackendConfig, octets: bytes) -> tuple[BackendConfig, bytes | None]:
