@@ -8,9 +8,10 @@ from typing import Any
 import msgspec
 import pytest
 
+from serveit.control.adoption import ADOPT_S, STRAY_DRAIN_S
 from serveit.control.orders import ActorName, Deployed, DeployFailed, Place, ReplicaOrder
 from serveit.control.owners import RETURN_S
-from serveit.control.reconciler import ADOPT_S, MAX_SILENT_DEATHS, STRAY_DRAIN_S
+from serveit.control.reconciler import MAX_SILENT_DEATHS
 from serveit.exceptions import NotServing
 from tests.stage import LONG_S, PID, Stage, scaled_to, spec, staged, uncounted, version_of
 from tests.test_controller import proxy_order

@@ -44,7 +44,7 @@ async def test_replicas_come_and_go_without_an_error(app: App, serve: Serve) -> 
                 answers.append((called[0], called[1], got.json()[1]))
 
         asking = [asyncio.ensure_future(ask_on()) for _ in range(4)]
-        for num_replicas in (3, 1):
+        for num_replicas in (2, 3, 1):
             await served.client.update("steady", num_replicas=num_replicas)
             status = await served.client.status()
             states = [replica["state"] for replica in status["backends"]["steady"].values()]

@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING
 from serveit.calling.choice import choose
 from serveit.calling.connection import Connection
 from serveit.calling.exchange import Exchange, Phase
+from serveit.calling.refusals import queue_full, shut_down, too_late
 from serveit.calling.retries import Retries
 from serveit.context import is_nested
 from serveit.exceptions import (
     DeadlineExceeded,
-    Draining,
-    NoReplica,
     NotServing,
     QueueFull,
 )
@@ -129,6 +128,10 @@ class Router:
         """To the replicas, those that leave included."""
         return self._ring
 
+    @property
+    def _has_replica(self) -> bool:
+        return any(connection.ready for connection in self._ring)
+
     # -- from whoever has the snapshots ------------------------------------------------------
 
     async def update(self, info: BackendInfo) -> None:
@@ -231,7 +234,7 @@ class Router:
         exchange.bucket = None
         phase = exchange.phase
         self._withdraw(exchange)
-        exchange.fail(self._too_late(phase))
+        exchange.fail(too_late(self.info, phase, has_replica=self._has_replica))
 
     # -- from connections --------------------------------------------------------------------
 
@@ -240,7 +243,7 @@ class Router:
         while queue and connection.has_room and connection.ready:
             exchange, _ = queue.popitem(last=False)
             if exchange.deadline is not None and exchange.deadline <= self.now():
-                self._end(exchange, self._too_late(Phase.WAITING))
+                self._end(exchange, too_late(self.info, Phase.WAITING, has_replica=self._has_replica))
             else:
                 self._send(connection, exchange)
 
@@ -311,32 +314,29 @@ class Router:
     def _end_waiting(self, exchanges: list[Exchange]) -> None:
         for exchange in exchanges:
             del self._queue[exchange]
-            self._end(exchange, self._shut_down())
+            self._end(exchange, shut_down(self.info))
 
     def _check_open(self) -> None:
         if self._closed:
             raise NotServing(f"backend {self.info.name!r} has been shut down")
         if not is_nested():
-            raise self._shut_down()
+            raise shut_down(self.info)
 
     # -- decisions ---------------------------------------------------------------------------
 
     def _wait(self, exchange: Exchange) -> None:
         if self._ending:
-            raise self._shut_down()
+            raise shut_down(self.info)
         if len(self._queue) >= self.max_queued_requests:
             self._refused += 1
             self._observer.refused(self.info.name, "router", "full")
-            raise QueueFull(
-                f"{len(self._queue)} requests to backend {self.info.name!r} are waiting already "
-                f"(max_queued_requests={self.max_queued_requests})"
-            )
+            raise queue_full(self.info, len(self._queue), self.max_queued_requests)
         exchange.waiting_since = self.now()
         self._queue[exchange] = copy_context()
 
     def _resubmit(self, exchange: Exchange, connection: Connection | None) -> None:
         if self._closed:
-            self._end(exchange, self._shut_down())
+            self._end(exchange, shut_down(self.info))
             return
         if exchange.expendable:
             self._end(exchange, QueueFull("dropped: another replica would have to be found"))
@@ -348,7 +348,7 @@ class Router:
             self._send(connection, exchange)
             return
         if self._ending:
-            self._end(exchange, self._shut_down())
+            self._end(exchange, shut_down(self.info))
             return
         exchange.refused_by = frozenset()
         exchange.waiting_since = self.now()
@@ -389,20 +389,3 @@ class Router:
         if exchange.bucket is not None:
             self._wheel.discard(exchange, exchange.bucket)
             exchange.bucket = None
-
-    def _shut_down(self) -> Exception:
-        if self.info.given_up:
-            name = self.info.name
-            return NoReplica(
-                f"backend {name!r} was given up: `serveit status` says why; a deploy, or "
-                f"`serveit scale {name}=...`, tries it again"
-            )
-        return Draining(f"backend {self.info.name!r} is being shut down")
-
-    def _too_late(self, phase: Phase) -> Exception:
-        name = self.info.name
-        if phase == Phase.WAITING and not any(connection.ready for connection in self._ring):
-            return NoReplica(f"no replica of backend {name!r} was ready in time")
-        if phase in (Phase.WAITING, Phase.QUEUED):
-            return DeadlineExceeded(f"still waiting for a slot of backend {name!r}", executed="no")
-        return DeadlineExceeded(f"backend {name!r} did not answer in time", executed="maybe")

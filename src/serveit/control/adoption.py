@@ -12,6 +12,12 @@ if TYPE_CHECKING:
 
     from serveit.control.checkpoint import AppRecord
 
+ADOPT_S = 1.5
+"""What replicas that a controller before this one has started get to answer, until callers are told of
+those that have."""
+STRAY_DRAIN_S = 30.0
+"""What an actor that nobody knows may take to end what it runs."""
+
 Origin = tuple[str, str, int]
 """What a replica is made of: the names of its app and backend, and the version."""
 Home = tuple[RunningApp, Version]

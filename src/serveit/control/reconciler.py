@@ -11,6 +11,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any
 
+from serveit.control.adoption import ADOPT_S, STRAY_DRAIN_S
 from serveit.control.health import last_of
 from serveit.control.orders import ActorName, Configured, Deployed, DeployFailed, Leaving, StartFailed
 from serveit.control.plan import Start, Stop, Wait, plan
@@ -36,11 +37,6 @@ MAX_SILENT_DEATHS = 3
 """Processes that vanish while they start, without a word: so often is it tried."""
 LATE_S = 10.0
 """At the end of all, beyond what apps get to end what they run, and then their replicas."""
-STRAY_DRAIN_S = 30.0
-"""What an actor that nobody knows may take to end what it runs."""
-ADOPT_S = 1.5
-"""What replicas that a controller before this one has started get to answer, until callers are told of
-those that have."""
 
 
 class Reconciler:
@@ -312,6 +308,8 @@ class Reconciler:
         except ProcessDied:
             app.fear(replica)
             return  # whoever supervises it sees that, too
+        except Exception as error:
+            outcome = StartFailed(b"", where=replica.id, text=f"{type(error).__name__}: {error}")
         finally:
             replica.taking_in = None
         if isinstance(outcome, Configured):
@@ -322,7 +320,7 @@ class Reconciler:
             is_wanted = replica.ending is None and settings == app.settings_of(replica)
             if is_wanted and app.hangs_on(replica):
                 text = f"replica {replica.id} cannot take in its new configuration: {outcome.text}"
-                self._fail(app, DeployFailed(text, outcome))
+                self._fail(app, DeployFailed(text, outcome if outcome.failure else None))
             elif is_wanted:
                 self._end(app, replica)
         self.reconcile(app)
