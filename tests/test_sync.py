@@ -284,7 +284,7 @@ def test_after_the_end_it_says_so(app: App) -> None:
         assert next(stream) == 0
     for attempt in (lambda: handle.call(1), lambda: handle.stream(1), lambda: handle.map([1])):
         with pytest.raises(
-            NotServing, match=r"<SyncHandle default/double>: app 'default' has been shut down"
+            NotServing, match=r"<SyncHandle default/double>: the client that it came from has been shut down"
         ):
             attempt()
     stream.close()
@@ -296,7 +296,9 @@ def test_going_on_with_an_iterator_after_the_end_says_so(app: App) -> None:
         results: Any = client.get_handle("double").map(range(100), max_in_flight=2)
         assert (next(stream), next(results)) == (0, 0)
     for iterator, name in ((stream, "endless"), (results, "double")):
-        with pytest.raises(NotServing, match=rf"default/{name}>: app 'default' has been shut down"):
+        with pytest.raises(
+            NotServing, match=rf"default/{name}>: the client that it came from has been shut down"
+        ):
             next(iterator)
         with pytest.raises(StopIteration):
             next(iterator)

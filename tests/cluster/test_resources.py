@@ -138,9 +138,10 @@ async def test_folders_that_only_replicas_have(
         (working / "data.txt").write_text("straw")
         await client.update("farm", ray_actor_options={"runtime_env": environment})
         assert await handle.call("z") == ["z", 5, "straw", "helped"]
-    environment["working_dir"] = "elsewhere"
+    lost = App()
+    lost.backend("a_farm:Farm", name="farm", ray_actor_options={"runtime_env": {"working_dir": "elsewhere"}})
     with pytest.raises(ValueError, match=r"backend 'farm': its runtime_env cannot be sent .*elsewhere"):
-        async with serveit.serve(app, name="farm"):
+        async with serveit.serve(lost, name="farm"):
             pytest.fail("there is no such folder")
 
 
