@@ -14,7 +14,16 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
-RESULTS = ["http_noop", "handle_call", "ray_calls", "handle_kinds", "startup", "reload", "memory"]
+RESULTS = [
+    "http_noop",
+    "handle_call",
+    "ray_calls",
+    "handle_kinds",
+    "traffic_change",
+    "startup",
+    "reload",
+    "memory",
+]
 """Those whose tables the README shows."""
 
 FAKE_WRK = """
@@ -102,6 +111,24 @@ def test_handle_kinds_compares_two_kinds_in_each_way() -> None:
     ]
     for _, _, async_rate, blocking_rate, ratio in rows:
         assert figure(ratio) == pytest.approx(figure(async_rate) / figure(blocking_rate), abs=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere 127.0.0.1 is the only address on loopback")
+def test_traffic_change_waits_for_everybody_on_three_nodes() -> None:
+    finished = run("traffic_change.py", "--rounds", "4")
+    assert finished.returncode == 0, finished.stderr
+    _, _, *rows = table_rows(finished.stdout)
+    assert [name for name, *_ in rows] == [
+        *(f"server on 127.0.0.{number}" for number in (2, 3, 4)),
+        "handle in the driver",
+        "handle on another node",
+        "the last of all",
+        "returned",
+    ]
+    longest = {name: figure(cell) for name, _, cell in rows}
+    assert max(list(longest.values())[:5]) <= longest["the last of all"] + 1
 
 
 @pytest.mark.slow
