@@ -19,6 +19,7 @@ CONTROLLER = "controller"
 """The name of the controller's actor."""
 PROXY_NAMES = "proxy-"
 """What the names of proxies' actors begin with."""
+_SECONDS = re.compile(r"\b\d+(\.\d+)? s\b")
 
 
 class ReplicaOrder(msgspec.Struct, frozen=True):
@@ -184,6 +185,11 @@ class Deploying(msgspec.Struct, frozen=True, tag=True):
     """By name: replicas of the new version that are ready, and how many there are to be."""
     waiting: tuple[str, ...] = ()
     """What it waits for, where that is not the user's code: a line each."""
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """The lines of `waiting`, by what they say apart from for how long, which is no news."""
+        return {_SECONDS.sub("", text): text for text in self.waiting}
 
 
 class DeployFailed(msgspec.Struct, frozen=True, tag=True):
