@@ -83,6 +83,6 @@ def test_what_a_slow_change_waits_for_is_logged_once(caplog: pytest.LogCaptureFi
     ):
         waits(Deploying({"b": (0, 2)}, tuple(texts)))
     assert [record.getMessage() for record in caplog.records] == [
-        "app 'main': replica b#1 needs 4 CPU, 2 free; waiting for 2 s, and 1 more",
+        "app 'main': replica b#1 needs 4 CPU, 2 free; waiting for 2 s",
         "app 'main': replica b#1 needs 4 CPU, 1 free; waiting for 5 s",
     ]

@@ -74,9 +74,9 @@ class Waits:
         if self._now() - self._began < SLOW_S:
             return
         reasons = so_far.reasons
-        if news := [text for reason, text in reasons.items() if reason not in self._told]:
-            more = f", and {len(news) - 1} more" if len(news) > 1 else ""
-            logger.warning("app %r: %s%s", self._app, news[0], more)
+        for reason, text in reasons.items():
+            if reason not in self._told:
+                logger.warning("app %r: %s", self._app, text)
         self._told = reasons.keys()
 
 

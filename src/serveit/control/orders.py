@@ -19,7 +19,7 @@ CONTROLLER = "controller"
 """The name of the controller's actor."""
 PROXY_NAMES = "proxy-"
 """What the names of proxies' actors begin with."""
-_SECONDS = re.compile(r"\b\d+(\.\d+)? s\b")
+_PASSING = re.compile(r"#\d+\b|\b\d+(\.\d+)? s\b")
 
 
 class ReplicaOrder(msgspec.Struct, frozen=True):
@@ -188,8 +188,12 @@ class Deploying(msgspec.Struct, frozen=True, tag=True):
 
     @property
     def reasons(self) -> dict[str, str]:
-        """The lines of `waiting`, by what they say apart from for how long, which is no news."""
-        return {_SECONDS.sub("", text): text for text in self.waiting}
+        """A line of `waiting` for each reason: which one of many replicas it is, and for how long it has
+        waited, is no news."""
+        reasons: dict[str, str] = {}
+        for text in self.waiting:
+            reasons.setdefault(_PASSING.sub("", text), text)
+        return reasons
 
 
 class DeployFailed(msgspec.Struct, frozen=True, tag=True):
