@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
+from typing import Any
 
 import pytest
 
@@ -33,3 +35,21 @@ async def test_all_that_wait_for_a_place_share_one_look(monkeypatch: pytest.Monk
     monkeypatch.setattr(launching, "SHARED_S", 0.0)
     assert await launcher.lacking(orders[0]) == lacks[0]
     assert len(looks) == 2, "later it is looked again"
+
+
+def test_ray_is_asked_for_no_more_calls_at_once_than_it_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    class Kind:
+        def options(self, **options: Any) -> Kind:
+            asked.append(options)
+            return self
+
+        def remote(self) -> None: ...
+
+    monkeypatch.setattr(launching, "remote_class", lambda kind: Kind())
+    monkeypatch.setattr(launching, "RayProcess", lambda *args: args)
+    for max_ongoing in (1, 2_000, sys.maxsize):
+        order = ReplicaOrder("b#1", "app", "b", b"", "", b"", False, max_ongoing=max_ongoing)
+        RayLauncher().replica(order)
+    assert [options["max_concurrency"] for options in asked] == [1_000, 4_000, 2**31 - 1]

@@ -40,7 +40,7 @@ NUM_CONTROLS = 100
 """Control calls that a process has to take at once: one waits for its death all the time."""
 SHARED_S = 0.5
 """For so long is a look at the nodes good enough."""
-LEAST_CALLS = 1_000
+LEAST_CALLS, MOST_CALLS = 1_000, 2**31 - 1
 KILL_S = 5.0
 """What a drain may take beyond its time until its process is killed."""
 STATUS_S = 1.0
@@ -196,7 +196,7 @@ class RayLauncher:
         self._looked = 0.0
 
     def replica(self, order: ReplicaOrder) -> Process:
-        calls = max(LEAST_CALLS, 2 * order.max_ongoing)
+        calls = min(max(LEAST_CALLS, 2 * order.max_ongoing), MOST_CALLS)
         asked = order.actor_options
         if asked:
             asked = {"num_cpus": 0, **asked}
