@@ -184,7 +184,7 @@ class Deploying(msgspec.Struct, frozen=True, tag=True):
     backends: dict[str, tuple[int, int]]
     """By name: replicas of the new version that are ready, and how many there are to be."""
     waiting: tuple[str, ...] = ()
-    """What it waits for, where that is not the user's code: a line each."""
+    """What it waits for, where that is not the start of the user's code: a line each."""
 
     @property
     def reasons(self) -> dict[str, str]:

@@ -306,9 +306,8 @@ class Reconciler:
     async def _configure(self, app: RunningApp, replica: Replica, settings: bytes) -> None:
         """Give a replica other settings while it serves. Where it cannot take them in, the change that
         asked for them fails; one that cannot go back, either, is replaced."""
-        assert replica.process is not None, "it is ready"
         try:
-            outcome = await replica.process.configure(settings)
+            outcome = await self._starter.configure(app, replica, settings)
         except ProcessDied:
             app.fear(replica)
             return  # whoever supervises it sees that, too
