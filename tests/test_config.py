@@ -19,6 +19,8 @@ from serveit.config import FOREIGN_OPTIONS, MAX_SECONDS
     ("options", "error", "text"),
     [
         ({"num_replicas": 0}, ValueError, "num_replicas must be ≥ 1, got 0"),
+        ({"num_replicas": 10_001}, ValueError, "num_replicas must be ≤ 10000, got 10001"),
+        ({"max_ongoing_requests": 2**63}, ValueError, "max_ongoing_requests must be ≤ 9223372036854775807"),
         ({"num_replicas": True}, TypeError, "num_replicas must be an int, got True"),
         ({"num_threads": 1.5}, TypeError, "num_threads must be an int, got 1.5"),
         ({"max_batch_size": 0}, ValueError, "max_batch_size must be ≥ 1, got 0"),

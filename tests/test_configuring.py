@@ -9,7 +9,15 @@ import msgspec
 import pytest
 
 from serveit.config import BackendConfig
-from serveit.control.orders import BackendChange, Deployed, DeployFailed, Health, ReplicaOrder, Settings
+from serveit.control.orders import (
+    BackendChange,
+    Deployed,
+    DeployFailed,
+    Deploying,
+    Health,
+    ReplicaOrder,
+    Settings,
+)
 from serveit.control.snapshot import Snapshot
 from tests.stage import FakeProcess, Stage, actor_name, scaled_to, spec, staged
 
@@ -69,6 +77,24 @@ class TestInPlace:
         await stage.clock.settle()
         assert isinstance(settled.result(), Deployed)
         assert [len(process.configured) for process in (one, two, three)] == [1, 1, 1], "once each"
+
+    async def test_one_that_takes_long_is_told_of(self, stage: Stage) -> None:
+        await stage.deploy(spec(b=2))
+        one, _ = stage.launcher.of("b")
+        one.may_configure.clear()
+        settled = await updating(stage, change("new"))
+        moved = stage.begin(stage.controller.outcomes.moved("app", Deploying({"b": (2, 2)})))
+        await stage.clock.settle()
+        assert not moved.done()
+        await stage.clock.advance(3)
+        text = "replica b#1 takes in its configuration; waiting for 1 s"
+        assert moved.result().waiting == (text,)
+        assert (await stage.status())["message"] == text.replace("1 s", "3 s")
+        one.may_configure.set()
+        await stage.clock.settle()
+        assert isinstance(settled.result(), Deployed)
+        assert (await stage.status())["message"] == ""
+        assert await stage.controller.outcomes.moved("app", None) is None, "no change is under way"
 
     async def test_later_replicas_start_with_it(self, stage: Stage) -> None:
         await stage.deploy(spec(b=1))

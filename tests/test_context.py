@@ -3,6 +3,8 @@ from __future__ import annotations
 import contextvars
 import dataclasses
 import pickle
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -24,6 +26,20 @@ class Known:
 
 def inside(function: Any, *args: Any) -> Any:
     return contextvars.copy_context().run(function, *args)
+
+
+def test_a_thread_of_the_users_own_takes_the_context_along() -> None:
+    def in_thread(function: Any) -> Any:
+        with ThreadPoolExecutor(1) as threads:
+            return threads.submit(function).result()
+
+    def code() -> Any:
+        enter(Context("app", "backend", "backend#1", "request"), None)
+        with pytest.raises(NotServing, match=r"contextvars.copy_context\(\).run"):
+            in_thread(context)
+        return in_thread(partial(contextvars.copy_context().run, context))
+
+    assert inside(code) == Context("app", "backend", "backend#1", "request")
 
 
 def test_outside_a_replica_there_is_no_context() -> None:

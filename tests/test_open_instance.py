@@ -1,4 +1,4 @@
-"""`open_instance`: who ends an instance that it started for nothing."""
+"""`open_instance`: who ends an instance that it started for nothing. What slow changes say."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from serveit.cluster import instance as module
-from serveit.cluster.instance import open_instance
+from serveit.cluster.instance import Waits, open_instance
+from serveit.control.orders import Deploying
 
 
 class FakeSession:
@@ -65,3 +66,23 @@ async def test_one_whose_first_app_does_not_come_up_ends(monkeypatch: pytest.Mon
         async with open_instance("auto", start=True):
             raise ValueError("no model")
     assert stage.instance.looked and stage.session.closed
+
+
+def test_what_a_slow_change_waits_for_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    times = iter([0.0, 1.9, 2.0, 3.0, 4.0, 5.0])
+    waits = Waits("main", lambda: next(times))
+    for texts in (
+        ["replica b#1 needs 4 CPU, 2 free; waiting for 1 s"],
+        [
+            "replica b#1 needs 4 CPU, 2 free; waiting for 2 s",
+            "replica b#2 needs 4 CPU, 2 free; waiting for 2 s",
+        ],
+        ["replica b#1 needs 4 CPU, 2 free; waiting for 3 s"],
+        [],
+        ["replica b#1 needs 4 CPU, 1 free; waiting for 5 s"],
+    ):
+        waits(Deploying({"b": (0, 2)}, tuple(texts)))
+    assert [record.getMessage() for record in caplog.records] == [
+        "app 'main': replica b#1 needs 4 CPU, 2 free; waiting for 2 s",
+        "app 'main': replica b#1 needs 4 CPU, 1 free; waiting for 5 s",
+    ]

@@ -89,3 +89,12 @@ def test_other_names_are_no_replicas(name: str) -> None:
 def test_one_kind_is_not_taken_for_another() -> None:
     with pytest.raises(msgspec.ValidationError, match="Started"):
         decode_deployed(encode(Started(1, "there")))
+
+
+def test_many_replicas_wait_for_the_same_reason() -> None:
+    waiting = (
+        "replica b#3 needs 4 CPU, 2 free; waiting for 12 s",
+        "replica b#4 needs 4 CPU, 2 free; waiting for 1 s",
+        "replica c#5 needs 4 CPU, 2 free; waiting for 0.5 s",
+    )
+    assert list(Deploying({}, waiting).reasons.values()) == [waiting[0], waiting[2]]

@@ -60,6 +60,20 @@ class TestFirstDeploy:
         assert deployed.result() == Deployed(stage.controller.snapshot.version)
         assert [process.starts for process in stage.launcher.made] == [1, 1, 1]
 
+    async def test_in_between_others_are_answered(self, stage: Stage) -> None:
+        """Hundreds take seconds; what is deleted meanwhile is not started first."""
+        stage.launcher.eager = False
+        deployed = await stage.deploying(spec(b=30))
+        before = len(stage.launcher.made)
+        while len(stage.launcher.made) < 20:
+            await asyncio.sleep(0)
+            assert len(stage.launcher.made) - before <= 1, "one at a time"
+            before = len(stage.launcher.made)
+        await stage.result(stage.controller.delete("app"))
+        assert len(stage.launcher.made) < 30
+        assert deployed.result() == DeployFailed("the app was deleted")
+        assert not stage.launcher.of("")
+
     async def test_it_is_deployed_once_those_who_watch_know(self, stage: Stage) -> None:
         member = stage.member()
         await stage.clock.settle()

@@ -116,6 +116,25 @@ async def test_without_any_before_there_is_none_to_go_back_to() -> None:
         assert running.given == ["bad", "good"]
 
 
+async def test_what_takes_none_is_left_as_it_is() -> None:
+    class Fixed:
+        def __call__(self) -> None: ...
+
+    app = App()
+    app.backend(Fixed, name="model")
+    octets = encoded(max_ongoing_requests=3)
+    record = configured(app.backends["model"], octets)
+    replica = Replica(record, id="model#1", app="app", clock=ManualClock())
+    settings = LiveSettings(app.backends["model"].config, octets)
+    await replica.start()
+    with pytest.raises(TypeError, match="backend 'model' takes no user_config"):
+        await settings.take_in(replica, encoded("some", max_ongoing_requests=5))
+    assert settings.octets == octets, "there is nothing to go back from"
+    await settings.take_in(replica, octets)
+    assert replica.admission.limit == 3
+    await replica.aclose()
+
+
 async def test_one_after_the_other() -> None:
     async with Running("zero") as running:
         await asyncio.gather(*(running.take_in(encoded(word)) for word in ("one", "two", "two")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -37,6 +38,10 @@ FOREIGN_OPTIONS: Mapping[str, str] = {
 """What those ask for who come from Ray Serve, and what to write: see docs/from-ray-serve.md."""
 MAX_SECONDS = 365 * 24 * 3600.0
 """The longest time that an option can ask for: what is longer is meant as "never", and has its own word."""
+MAX_COUNT = sys.maxsize
+"""The largest number that an option can ask for: larger ones do not travel."""
+MAX_REPLICAS = 10_000
+"""Of one backend. A controller that was asked for millions would be busy with them for good."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +49,7 @@ class BackendConfig:
     """How one backend is run. `@app.backend` takes this record or its fields.
 
     Attributes:
-        num_replicas: copies of the backend; at least 1.
+        num_replicas: copies of the backend; at least 1, at most 10,000.
         max_batch_size: None: not a batch function. An int (1 included): `batch_methods` are always
             called with a list of up to so many items and return a sequence of as many results.
         batch_wait_timeout_s: how long an incomplete batch waits for more, counted from its first
@@ -98,7 +103,8 @@ class BackendConfig:
     ray_actor_options: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("num_replicas", "max_concurrent_batches", "num_threads"):
+        _check_count("num_replicas", self.num_replicas, least=1, most=MAX_REPLICAS)
+        for name in ("max_concurrent_batches", "num_threads"):
             _check_count(name, getattr(self, name), least=1)
         for name in ("max_batch_size", "max_ongoing_requests"):
             if getattr(self, name) is not None:
@@ -288,11 +294,13 @@ def check_options(record: type[Any], where: str, options: Mapping[str, Any]) -> 
             raise TypeError(f"{where} has no option {name!r}: {hint or did_you_mean(name, known)}")
 
 
-def _check_count(name: str, value: Any, *, least: int) -> None:
+def _check_count(name: str, value: Any, *, least: int, most: int = MAX_COUNT) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be ≥ {least}, got {value}")
+    if value > most:
+        raise ValueError(f"{name} must be ≤ {most}, got {value}")
 
 
 def check_seconds(name: str, value: Any, *, positive: bool = False) -> None:

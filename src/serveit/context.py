@@ -66,11 +66,14 @@ def context() -> Context:
     """The context of the running request.
 
     Raises:
-        NotServing: called outside a replica.
+        NotServing: called outside a replica, or in a thread that was started without the context.
     """
     found = _current.get()
     if found is None:
-        raise NotServing("serveit.context() is for code that runs in a replica; here nothing is being served")
+        raise NotServing(
+            "serveit.context() is for code that runs in a replica, and here none does; in a thread that you "
+            "start there, run the function by contextvars.copy_context().run"
+        )
     return found
 
 

@@ -285,7 +285,9 @@ async def test_an_import_that_raises_is_told_within_seconds(
     assert "raises_on_import" not in sys.modules
 
 
-async def test_a_shortage_is_told_within_seconds(instance: Instance) -> None:
+async def test_a_shortage_is_told_within_seconds(
+    instance: Instance, caplog: pytest.LogCaptureFixture
+) -> None:
     """And fails the deploy after its time, not before; the next one has all there is."""
     app = App()
     asked = {"num_cpus": 0, "resources": {"license": 1.5}}
@@ -306,13 +308,28 @@ async def test_a_shortage_is_told_within_seconds(instance: Instance) -> None:
             await asyncio.sleep(0.1)
         assert time.monotonic() - begun <= TOLD_S
         assert re.fullmatch(r"replica given#\d+ needs 1.5 license, 0.5 free; waiting for \d s", told)
+        async with serveit.connect(None, app="short") as other:
+            assert (await other.status())["state"] == "DEPLOYING"
         with pytest.raises(NotServing, match=r"waited 4 s .* it needs 1.5 license, 0.5 free; give"):
             await deploying
         assert 4 <= time.monotonic() - begun
+    (logged,) = [record.getMessage() for record in caplog.records if record.name == "serveit.client"]
+    assert re.fullmatch(
+        r"app 'short': replica given#\d+ needs 1.5 license, 0.5 free; waiting for \d s", logged
+    )
+    with pytest.raises(NotServing, match=r"app 'short' did not come up: .* needs 1.5 license, 0.5 free"):
+        await serveit.connect(None, app="short").__aenter__()
     await before.nothing_more()
     app.backends["given"].config = app.backends["given"].config.merge(num_replicas=1)
     async with serveit.serve(app, name="short") as client:
         assert await client.get_handle("given").resources.call() == {"license": 1.5}
+        caplog.clear()
+        with pytest.raises(NotServing, match="waited 4 s"):
+            await client.update("given", num_replicas=2, deploy_timeout_s=4)
+    (logged,) = [record.getMessage() for record in caplog.records if record.name == "serveit.client"]
+    assert re.fullmatch(
+        r"app 'short': replica given#\d+ needs 1.5 license, 0.5 free; waiting for \d s", logged
+    )
 
 
 class Meets:

@@ -148,8 +148,12 @@ class ControllerActor(Actor):
     async def deployed(self, name: str, version: int, seen: bytes) -> bytes:
         """What became of a deploy, or how far it is: an encoded Deployed, DeployFailed or Deploying."""
         controller = await self._begun()
-        last = msgspec.msgpack.decode(seen, type=Deploying) if seen else None
-        return encode(await controller.outcomes.progressed(name, version, last))
+        return encode(await controller.outcomes.progressed(name, version, _progress(seen)))
+
+    async def moved(self, name: str, seen: bytes) -> bytes | None:
+        """How far an app's change is: an encoded Deploying; None when none is under way."""
+        progress = await (await self._begun()).outcomes.moved(name, _progress(seen))
+        return None if progress is None else encode(progress)
 
     async def update(self, name: str, backend: str, wanted: bytes, wait: bool) -> bytes:
         controller = await self._begun()
@@ -225,6 +229,10 @@ class ControllerActor(Actor):
             await door.aclose()
         # Not at once: whoever has asked for this gets an answer.
         asyncio.get_running_loop().call_later(LAST_WORDS_S, _die)
+
+
+def _progress(octets: bytes) -> Deploying | None:
+    return msgspec.msgpack.decode(octets, type=Deploying) if octets else None
 
 
 def _die() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import secrets
 import sys
 import time
@@ -37,15 +38,46 @@ from serveit.wire.frames import Failure
 from serveit.wire.pickles import load_exception
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping
+    from collections.abc import AsyncIterator, Callable, Collection, Mapping
 
     from serveit.cluster.contact import Line
     from serveit.cluster.session import Session
     from serveit.control.orders import Joined
     from serveit.declare.app import App
 
+logger = logging.getLogger("serveit.client")
+
 JOIN_S, JOIN_RETRY_S = 30.0, 0.2
 """What the controller gets to start and answer, and between attempts where one is just ending."""
+SLOW_S = 2.0
+"""A change that takes longer says what it waits for."""
+
+
+class Waits:
+    """Logs what a change of an app waits for, each thing once: for those who have no display of their own.
+
+    All mutable state: `_told` (what it waited for when it last said so).
+    """
+
+    def __init__(self, app: str, now: Callable[[], float] = time.monotonic) -> None:
+        """
+        Args:
+            app: its name.
+            now: gives seconds.
+        """
+        self._app = app
+        self._now = now
+        self._began = now()
+        self._told: Collection[str] = ()
+
+    def __call__(self, so_far: Deploying) -> None:
+        if self._now() - self._began < SLOW_S:
+            return
+        reasons = so_far.reasons
+        for reason, text in reasons.items():
+            if reason not in self._told:
+                logger.warning("app %r: %s", self._app, text)
+        self._told = reasons.keys()
 
 
 class Instance:
@@ -131,7 +163,8 @@ class Instance:
 
         Args:
             spec: of `make_spec`.
-            on_progress: told how far it is, at once and whenever that changes.
+            on_progress: told how far it is, at once and whenever that changes; without it, what a slow one
+                waits for is logged.
             wait: False to return when it is sure to be tried.
 
         Raises:
@@ -141,7 +174,7 @@ class Instance:
         """
         spec = await asyncio.to_thread(packed, spec)
         version = await ask(self._controller, "deploy", encode(spec))
-        seen = b""
+        tell, seen = on_progress or Waits(spec.name), b""
         while wait:
             octets = await ask(self._controller, "deployed", spec.name, version, seen, timeout_s=None)
             outcome = decode_deployed(octets)
@@ -150,8 +183,7 @@ class Instance:
                 outcome = Deploying({b.name: (b.num_replicas, b.num_replicas) for b in spec.backends})
                 wait = False
             seen = octets
-            if on_progress is not None:
-                on_progress(outcome)
+            tell(outcome)
 
     def app(self, name: str) -> InstanceApp:
         """One of its apps, whether it runs or not."""
@@ -176,18 +208,36 @@ class InstanceApp:
 
     async def update(self, backend: str, wanted: BackendChange, *, wait: bool = True) -> None:
         """Change a backend's options; returns when they are in force, or, told not to wait, when they are
-        sure to be tried."""
+        sure to be tried. What a slow change waits for is logged."""
         if "ray_actor_options" in wanted.options:  # none, too: what the driver's job has is not left out
             given = wanted.options["ray_actor_options"]
             asked = await asyncio.to_thread(packed_options, backend, {} if given is None else given)
             options = {**wanted.options, "ray_actor_options": asked or None}
             wanted = msgspec.structs.replace(wanted, options=options)
-        octets = await ask(
-            self._controller, "update", self._name, backend, encode(wanted), wait, timeout_s=None
-        )
+        telling = asyncio.ensure_future(self._tell())
+        try:
+            octets = await ask(
+                self._controller, "update", self._name, backend, encode(wanted), wait, timeout_s=None
+            )
+        finally:
+            telling.cancel()
+            await asyncio.wait((telling,))
         outcome = decode_deployed(octets)
         assert not isinstance(outcome, Deploying), "nobody has asked how far it is"
         _check(outcome)
+
+    async def _tell(self) -> None:
+        """Log what the change that is under way waits for, until there is none."""
+        tell, seen = Waits(self._name), b""
+        await asyncio.sleep(SLOW_S)
+        with contextlib.suppress(NotServing):  # whoever waits for the change itself is told that
+            while (
+                octets := await ask(self._controller, "moved", self._name, seen, timeout_s=None)
+            ) is not None:
+                so_far = decode_deployed(octets)
+                assert isinstance(so_far, Deploying), "what became of it, others are told"
+                tell(so_far)
+                seen = octets
 
     async def reroute(
         self, endpoint: str, weights: Mapping[str, float] | None, shadows: Mapping[str, float]

@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from serveit.cluster.actors import CONTROL_GROUP, ProxyActor, ReplicaActor
 from serveit.cluster.environments import reason
-from serveit.cluster.rooms import lacking, rooms
+from serveit.cluster.rooms import Room, lacking, rooms
 from serveit.control.orders import (
     CONTROLLER,
     NAMESPACE,
@@ -38,7 +38,9 @@ logger = logging.getLogger("serveit.controller")
 
 NUM_CONTROLS = 100
 """Control calls that a process has to take at once: one waits for its death all the time."""
-LEAST_CALLS = 1_000
+SHARED_S = 0.5
+"""For so long is a look at the nodes good enough."""
+LEAST_CALLS, MOST_CALLS = 1_000, 2**31 - 1
 KILL_S = 5.0
 """What a drain may take beyond its time until its process is killed."""
 STATUS_S = 1.0
@@ -186,10 +188,15 @@ class GoneProcess:
 
 
 class RayLauncher:
-    """Makes processes that are detached, named actors."""
+    """Makes processes that are detached, named actors. All mutable state: `_looking` (at the nodes: the last
+    look, None before), and `_looked` (when that began)."""
+
+    def __init__(self) -> None:
+        self._looking: asyncio.Task[list[Room]] | None = None
+        self._looked = 0.0
 
     def replica(self, order: ReplicaOrder) -> Process:
-        calls = max(LEAST_CALLS, 2 * order.max_ongoing)
+        calls = min(max(LEAST_CALLS, 2 * order.max_ongoing), MOST_CALLS)
         asked = order.actor_options
         if asked:
             asked = {"num_cpus": 0, **asked}
@@ -219,11 +226,19 @@ class RayLauncher:
 
     async def lacking(self, order: ReplicaOrder) -> str:
         asked = order.actor_options
-        if lack := lacking(asked, await asyncio.to_thread(rooms)):
+        if lack := lacking(asked, await self._rooms()):
             return lack
         if environment := asked.get("runtime_env"):
             return f"is being given its runtime_env by Ray ({', '.join(environment)})"
         return ""
+
+    async def _rooms(self) -> list[Room]:
+        """One look for all that ask at the same time: hundreds of replicas may wait for a place."""
+        now = asyncio.get_running_loop().time()
+        if self._looking is None or now - self._looked > SHARED_S:
+            self._looked = now
+            self._looking = asyncio.ensure_future(asyncio.to_thread(rooms))
+        return await asyncio.shield(self._looking)
 
     async def nodes(self) -> list[Node]:
         # Asked for in a thread, again and again: Ray tells nobody of nodes in public by itself.

@@ -20,6 +20,7 @@ from serveit.cluster.instance import Instance, InstanceApp, make_spec
 from serveit.cluster.ownership import check_free, opened_session, own_app
 from serveit.config import HTTPOptions
 from serveit.context import serving
+from serveit.exceptions import NotServing
 
 if TYPE_CHECKING:
     import socket
@@ -100,7 +101,22 @@ class ClusterRuntime:
         await stack.enter_async_context(opened_session(self._address))
         self._instance = Instance(await asyncio.to_thread(find_controller))
         await self._open_ways(stack)
+        await self._check_there()
         self.url = await self._instance.url()
+
+    async def _check_there(self) -> None:
+        """Raises NotServing, with why, unless the app runs or is coming up: whoever has not waited for its
+        first deploy asks for its status here."""
+        try:
+            self._entrance.gateway(self.name)
+        except NotServing:
+            told: dict[str, Any] = {}
+            with contextlib.suppress(KeyError):
+                told = await self._running.status()
+            if told.get("state") == "FAILED":
+                raise NotServing(f"app {self.name!r} did not come up: {told['message']}") from None
+            if told.get("state") != "DEPLOYING":
+                raise
 
     async def _serve(self, app: App, stack: contextlib.AsyncExitStack) -> None:
         """An app of one's own."""
@@ -121,6 +137,7 @@ class ClusterRuntime:
         # At the same time: each takes a process of its own.
         await _both(answer(), self._deploy(owned, spec))
         await self._open_ways(ways)
+        self._gateway = self._entrance.gateway(self.name)
         stack.enter_context(serving(app, self))
 
     async def aclose(self) -> None:
@@ -178,7 +195,6 @@ class ClusterRuntime:
         self._entrance = Entrance("driver", portal)
         ways.push_async_callback(self._entrance.aclose)
         await self._entrance.open()
-        self._gateway = self._entrance.gateway(self.name)
 
     async def _make_spec(self, app: App, name: str, prefix: str, deploy_timeout_s: float) -> AppSpec:
         spec = await make_spec(app, name=name, prefix=prefix, deploy_timeout_s=deploy_timeout_s)

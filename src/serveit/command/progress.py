@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import sys
 import time
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
     from serveit.control.orders import Deploying
 
 REFRESH_PER_S = 8
-_SECONDS = re.compile(r"\b\d+(\.\d+)? s\b")
-"""For how long something has been waited for, which is no news."""
 
 
 class Progress(Protocol):
@@ -70,11 +67,11 @@ class Lines:
             if ready > self._ready.get(name, 0):
                 click.echo(f"{name}: {ready} of {wanted} ready", err=True)
             self._ready[name] = ready
-        waiting = {_SECONDS.sub("", text): text for text in so_far.waiting}
-        for reason, text in waiting.items():
+        reasons = so_far.reasons
+        for reason, text in reasons.items():
             if reason not in self._waiting:
                 click.echo(f"waiting: {text}", err=True)
-        self._waiting = waiting.keys()
+        self._waiting = reasons.keys()
 
     def close(self) -> None:
         """Lines stay."""

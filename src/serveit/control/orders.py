@@ -19,6 +19,7 @@ CONTROLLER = "controller"
 """The name of the controller's actor."""
 PROXY_NAMES = "proxy-"
 """What the names of proxies' actors begin with."""
+_PASSING = re.compile(r"#\d+\b|\b\d+(\.\d+)? s\b")
 
 
 class ReplicaOrder(msgspec.Struct, frozen=True):
@@ -183,7 +184,16 @@ class Deploying(msgspec.Struct, frozen=True, tag=True):
     backends: dict[str, tuple[int, int]]
     """By name: replicas of the new version that are ready, and how many there are to be."""
     waiting: tuple[str, ...] = ()
-    """What it waits for, where that is not the user's code: a line each."""
+    """What it waits for, where that is not the start of the user's code: a line each."""
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """A line of `waiting` for each reason: which one of many replicas it is, and for how long it has
+        waited, is no news."""
+        reasons: dict[str, str] = {}
+        for text in self.waiting:
+            reasons.setdefault(_PASSING.sub("", text), text)
+        return reasons
 
 
 class DeployFailed(msgspec.Struct, frozen=True, tag=True):

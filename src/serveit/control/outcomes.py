@@ -86,6 +86,15 @@ class Outcomes:
                 return progress
             await app.moved.wait()
 
+    async def moved(self, name: str, seen: Deploying | None) -> Deploying | None:
+        """How far the change of an app is that is under way, as soon as that is not what was seen; None when
+        there is none."""
+        while (app := self._apps.get(name)) is not None and app.changing:
+            if (progress := app.progress) != seen:
+                return progress
+            await app.moved.wait()
+        return None
+
     async def settled(self, app: RunningApp) -> Deployed | DeployFailed:
         """Wait until an app is what it is to be, or what the last change made of it has failed: then its
         replicas have gone back to what they were configured by, if that does not take too long."""

@@ -42,7 +42,8 @@ LATE_S = 10.0
 class Reconciler:
     """All mutable state: `apps` (by name), `_leaving` (deleted, with requests that still run), `stopping`
     (nothing is started any more), `_adopting` (it is still found out what runs), `number` (of the last
-    replica), `_tasks`, and of them those that end apps, `_removals`, and replicas, `_endings`."""
+    replica), `_turns` (of replicas that are to be started), `_tasks`, and of them those that end apps,
+    `_removals`, and replicas, `_endings`."""
 
     def __init__(
         self,
@@ -70,6 +71,7 @@ class Reconciler:
         self._on_change = on_change
         self._adopting = False
         self._leaving: list[RunningApp] = []
+        self._turns = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._removals: dict[RunningApp, asyncio.Task[None]] = {}
         self._endings: set[asyncio.Task[None]] = set()
@@ -251,6 +253,8 @@ class Reconciler:
         """One replica's life, if nobody ends it."""
         silent = False
         outcome: Started | Leaving | DeployFailed
+        async with self._turns:  # Ray takes some 10 ms for each, and others are to be answered in between
+            await asyncio.sleep(0)
         if replica.ending is not None:
             return
         try:
@@ -302,9 +306,8 @@ class Reconciler:
     async def _configure(self, app: RunningApp, replica: Replica, settings: bytes) -> None:
         """Give a replica other settings while it serves. Where it cannot take them in, the change that
         asked for them fails; one that cannot go back, either, is replaced."""
-        assert replica.process is not None, "it is ready"
         try:
-            outcome = await replica.process.configure(settings)
+            outcome = await self._starter.configure(app, replica, settings)
         except ProcessDied:
             app.fear(replica)
             return  # whoever supervises it sees that, too

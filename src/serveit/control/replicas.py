@@ -109,8 +109,9 @@ class Replica:
     All mutable state: `version` (the one that it runs in), `settings` (what it is configured by; empty where
     that is not certain), `taking_in` (what it is being given; None for nothing), `process` (None before it is
     launched), `address` (None before it is ready), `pid`, `waiting` (what it waits for, where that is not the
-    user's code), `started` (it may have been ready, if it is no more), `health` (as last heard), `answered`
-    (set when its process has said what became of its start), `ending` (the task that ends it; None before).
+    start of the user's code), `started` (it may have been ready, if it is no more), `health` (as last heard),
+    `answered` (set when its process has said what became of its start), `ending` (the task that ends it; None
+    before).
     """
 
     def __init__(self, id: str, backend: str, version: Version, *, adopted: bool = False) -> None:

@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from serveit.control.apps import RunningApp
-    from serveit.control.orders import Leaving, Started
+    from serveit.control.orders import Configured, Leaving, Started
     from serveit.control.processes import Launcher, Process
     from serveit.control.replicas import Replica
     from serveit.types import Clock
 
 LOOK_S = 1.0
-"""So often is it looked what a replica waits for that has no place yet."""
+"""So often is it looked what a replica waits for that has no place yet, or not taken in its settings."""
 
 
 class Surroundings(NamedTuple):
@@ -68,6 +68,30 @@ class Starter:
             why = outcome.text or outcome.where
             return DeployFailed(f"replica {replica.id} cannot start: {why}", outcome)
         return outcome
+
+    async def configure(
+        self, app: RunningApp, replica: Replica, settings: bytes
+    ) -> Configured | StartFailed | Leaving:
+        """Give one that serves other settings. The user's `reconfigure` may take its time, and the change
+        that waits for it tells so.
+
+        Raises:
+            ProcessDied: meanwhile.
+        """
+        assert replica.process is not None, "it is ready"
+        configuring = asyncio.ensure_future(replica.process.configure(settings))
+        began = self._clock.time()
+        try:
+            while not await ended(self._clock, configuring, LOOK_S):
+                waited_s = self._clock.time() - began
+                replica.waiting = (
+                    f"replica {replica.id} takes in its configuration; waiting for {waited_s:.0f} s"
+                )
+                app.move()
+            return configuring.result()
+        finally:
+            replica.waiting = ""
+            configuring.cancel()
 
     def _order(self, app: RunningApp, replica: Replica) -> ReplicaOrder:
         spec, around = replica.version.spec, self.surroundings

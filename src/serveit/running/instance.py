@@ -76,10 +76,13 @@ class Instance:
             TypeError: it has no method for that.
             Exception: whatever the user's code raised.
         """
-        reconfigure = getattr(self._object, "reconfigure", None)
-        if reconfigure is None:
+        self.check_reconfigures()
+        await self._run("reconfigure()", partial(self._object.reconfigure, user_config))
+
+    def check_reconfigures(self) -> None:
+        """TypeError where there is no method that a `user_config` could be handed to."""
+        if not hasattr(self._object, "reconfigure"):
             raise TypeError(no_reconfigure(self.backend.name))
-        await self._run("reconfigure()", partial(reconfigure, user_config))
 
     @property
     def has_check(self) -> bool:

@@ -67,6 +67,7 @@ class LiveSettings:
 
         Raises:
             ValueError: there is no `user_config` to go back to: it never had one.
+            TypeError: it takes none; nothing has changed.
             Exception: what unpickling it, or the user's `reconfigure`, raises.
         """
         async with self._turn:
@@ -76,6 +77,8 @@ class LiveSettings:
             is_another = not (self._is_certain and _are_equal(user_config, self._user_config))
             if is_another and config.user_config is None:
                 raise ValueError("it was started without a user_config: there is none to go back to")
+            if is_another:
+                replica.instance.check_reconfigures()
             self.octets = b""
             self._is_certain = not is_another
             await replica.configure(config, reconfigure=is_another)
