@@ -136,7 +136,8 @@ class Starter:
 
 def _without_place(app: RunningApp, replica: Replica, lacking: str, timeout_s: float) -> str:
     is_update = app.live is not None and app.target is not app.live
-    less = ", update in place with max_surge=0" if is_update else ""
+    beside = replica.version.spec.backend(replica.backend).config.max_surge
+    less = ", update in place with max_surge=0" if is_update and beside else ""
     return (
         f"replica {replica.id} has waited {timeout_s:g} s for its process to exist: it "
         f"{lacking or 'has not been started by Ray'}; give the cluster more, ask for less{less}, or wait "
