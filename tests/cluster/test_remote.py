@@ -162,10 +162,12 @@ async def test_what_the_function_raises_is_raised_by_the_ref(client: Client) -> 
         with pytest.raises(apps.OwnError, match="nothing there") as caught:
             await way
         assert "apps.py" in str(caught.value) and "in fail" in str(caught.value), "the remote traceback"
-    for kind, text in (("other", "NotRebuilt: 1 and 2"), ("not pickled", "OwnError: .*holds a lock")):
-        with pytest.raises((RemoteError, ray.exceptions.RayError), match=text) as other:
-            await (await work.fail.remote(kind))
-        assert "in fail" in str(other.value)
+    with pytest.raises(apps.WordedError, match="1 and 2") as worded:
+        await (await work.fail.remote("worded"))
+    assert worded.value.one == 1 and "in fail" in str(worded.value)
+    with pytest.raises((RemoteError, ray.exceptions.RayError), match="OwnError: .*holds a lock") as other:
+        await (await work.fail.remote("not pickled"))
+    assert "in fail" in str(other.value)
     with pytest.raises(TypeError, match="missing 1 required positional argument"):
         await (await work.fail.remote())
 
