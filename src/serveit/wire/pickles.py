@@ -173,7 +173,7 @@ def _is_remade_by_its_class(error: BaseException) -> bool:
 
 def remade(kind: type[BaseException], args: tuple[Any, ...]) -> BaseException:
     """An exception with these `args`, without its class's own constructor. Pickles refer to it."""
-    base = next(
+    base: Any = next(
         base for base in kind.__mro__ if isinstance(vars(base).get("__init__"), WrapperDescriptorType)
     )
     error: BaseException = base.__new__(kind, *args)
