@@ -172,6 +172,16 @@ async def test_what_the_function_raises_is_raised_by_the_ref(client: Client) -> 
         await (await work.fail.remote())
 
 
+async def test_what_does_not_pickle_gives_its_slot_back(client: Client, gate: Gate) -> None:
+    two, lock = client.get_handle("two"), threading.Lock()
+    for args in ((lock,), (ray.put(1), lock), (lock,)):  # one more than it has slots
+        with pytest.raises(EncodingError, match=r"^an argument for replica two#\d+ .*lock") as caught:
+            await two.remote(*args)
+        assert caught.value.executed == "no"
+    gate.open()
+    assert await (await two.options(timeout_s=10).remote(str(gate.folder))) == "done"
+
+
 async def test_a_generator_is_refused_with_the_way_out(client: Client) -> None:
     with pytest.raises(TypeError, match=r"async for item in handle.stream"):
         await (await client.get_handle("Work").count.remote(3))
