@@ -106,6 +106,9 @@ class Odd(Exception):
     def __init__(self, one: int, two: int) -> None:
         super().__init__("odd")
 
+    def __reduce__(self) -> Any:
+        return type(self), ()
+
 
 async def test_an_exception_is_raised_as_it_was_with_the_traceback_as_its_cause() -> None:
     async def fails() -> None:

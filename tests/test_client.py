@@ -76,6 +76,9 @@ async def test_serving_from_a_loop(http: Any) -> None:
         assert repr(client) == f"<Client {client.url}>"
         with pytest.raises(KeyError, match="no backend or endpoint 'duoble': did you mean 'double'?"):
             client.get_handle("duoble")
+        for missing_ok in (False, True):
+            with pytest.raises(TypeError, match=r"takes the name of a backend or of a route, a str; got \["):
+                client.get_handle(["double"], missing_ok=missing_ok)  # type: ignore[call-overload]
     with pytest.raises(NotServing, match="'double' has been shut down"):
         await handle.call(4)
 

@@ -65,6 +65,9 @@ class NotRebuilt(Exception):
     def __init__(self, one: int, two: int) -> None:
         super().__init__(f"{one} and {two}")
 
+    def __reduce__(self) -> Any:
+        return type(self), ()
+
 
 class Unpicklable:
     def __reduce__(self) -> Any:

@@ -282,6 +282,48 @@ def test_what_a_reducer_refuses_is_refused_in_its_words(executed: Executed) -> N
 class NeedsTwo(Exception):
     def __init__(self, one: int, two: int) -> None:
         super().__init__(f"{one} and {two}")
+        self.one = one
+
+
+class Worded(ValueError):
+    def __init__(self, name: str) -> None:
+        super().__init__(f"no {name}")
+        self.name = name
+
+
+class Undecodable(UnicodeDecodeError):
+    def __init__(self, octets: bytes) -> None:
+        super().__init__("utf-8", octets, 0, 1, "is none")
+
+
+class Group(ExceptionGroup[Exception]):
+    def __init__(self, text: str, members: list[Exception]) -> None:
+        super().__init__(text, members)
+
+
+class Slotted(Exception):
+    __slots__ = ("code",)
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+class Reducing(Exception):
+    """Its own way to be pickled is wrong."""
+
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__(one, two)
+
+    def __reduce__(self) -> Any:
+        return Reducing, (1,)
+
+
+class Misworded(Reducing):
+    """Comes back as another text. That is better than nothing."""
+
+    def __reduce__(self) -> Any:
+        return Misworded, (3, 4)
 
 
 class Custom(Exception):
@@ -340,6 +382,40 @@ def test_an_exception_comes_back_as_what_it_was() -> None:
     assert back.executed == "yes"  # type: ignore[attr-defined]
 
 
+def there_and_back_again(error: Exception) -> Exception:
+    return load_exception(failure(), dump_exception(error, LIMIT))
+
+
+def test_an_exception_whose_constructor_takes_something_else_comes_back_as_it_was() -> None:
+    two = NeedsTwo(1, 2)
+    two.add_note("a note")
+    for _ in range(2):  # one exception may fail several items
+        back = there_and_back_again(two)
+        assert type(back) is NeedsTwo
+        assert (back.one, back.args, back.__notes__) == (1, ("1 and 2",), ["a note"])
+    worded = there_and_back_again(Worded("fish"))
+    assert isinstance(worded, Worded) and (str(worded), worded.name) == ("no fish", "fish")
+    undecodable = there_and_back_again(Undecodable(b"\xff"))
+    assert isinstance(undecodable, Undecodable) and (undecodable.object, undecodable.end) == (b"\xff", 1)
+    slotted = there_and_back_again(Slotted(5))
+    assert isinstance(slotted, Slotted) and slotted.code == 5
+    misworded = there_and_back_again(Misworded(1, 2))
+    assert isinstance(misworded, Misworded) and misworded.args == (3, 4)
+
+
+def test_so_do_those_of_a_group() -> None:
+    group = there_and_back_again(Group("several", [Worded("fish"), NeedsTwo(1, 2)]))
+    assert isinstance(group, Group) and [*map(str, group.exceptions)] == ["no fish", "1 and 2"]
+    assert [*map(type, group.exceptions)] == [Worded, NeedsTwo]
+
+
+def test_whoever_pickles_it_next_pickles_it_so_too() -> None:
+    error = NeedsTwo(1, 2)
+    dump_exception(error, LIMIT)
+    back = pickle.loads(pickle.dumps(error))
+    assert isinstance(back, NeedsTwo) and vars(back) == {"one": 1}
+
+
 @pytest.mark.parametrize("executed", ["no", "maybe", "yes"])
 def test_executed_is_what_the_replica_said(executed: Executed) -> None:
     back = load_exception(failure(executed=executed), dump_exception(QueueFull("nested"), LIMIT))
@@ -370,7 +446,7 @@ def test_exceptions_that_refuse_attributes_come_back_all_the_same() -> None:
 @pytest.mark.parametrize(
     "error",
     [
-        NeedsTwo(1, 2),
+        Reducing(1, 2),
         Custom(lambda: 0),  # type: ignore[arg-type]
         ValueError("x" * LIMIT),
         lying(int, ("5",)),
@@ -379,7 +455,16 @@ def test_exceptions_that_refuse_attributes_come_back_all_the_same() -> None:
         lying("not even a pickle"),
         lying(),
     ],
-    ids=["needs two", "holds a lambda", "too long", "an int", "another class", "leaves", "a text", "nothing"],
+    ids=[
+        "reduces itself",
+        "holds a lambda",
+        "too long",
+        "an int",
+        "another class",
+        "leaves",
+        "a text",
+        "nothing",
+    ],
 )
 def test_an_exception_that_does_not_come_back_is_not_sent(error: Exception) -> None:
     assert dump_exception(error, LIMIT) == b""

@@ -12,7 +12,7 @@ from serveit.cluster import refs
 from serveit.cluster.refs import RayTasks
 from serveit.control.orders import Place, place_text
 from serveit.control.snapshot import ReplicaInfo
-from serveit.exceptions import NotServing
+from serveit.exceptions import EncodingError, NotServing
 from tests.support import wait_until
 
 
@@ -201,6 +201,30 @@ async def test_the_task_of_a_slot_goes_to_its_replicas_actor(
     assert await tasks.start(replica, "slot", (ref,), {"x": 2}) == "ref"
     assert looked_up == [("app/double#3@1a2b", "serveit")], "once is enough"
     assert sent == [((["slot", [1], {"x": 2}],), {}), (("slot", ref), {"x": 2})]
+
+
+async def test_arguments_that_ray_cannot_pickle(tasks: RayTasks, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Run:
+        def remote(self, *args: Any) -> None:
+            raise next(errors)
+
+    class Actor:
+        run = Run()
+
+    wordy = TypeError("many lines")
+    wordy.__cause__ = TypeError("no locks")
+    no_room: Any = ray.exceptions.RaySystemError
+    errors = iter([wordy, ValueError("stays here"), no_room("no room")])
+    monkeypatch.setattr(ray, "get_actor", lambda name, namespace: Actor())
+    replica = ReplicaInfo("double#3", place_text(Place("node", "unix:/s", actor="app/double#3@1a2b")))
+    for text in ("TypeError: no locks", "ValueError: stays here"):
+        with pytest.raises(
+            EncodingError, match=rf"^an argument for replica double#3 .* \({text}\)$"
+        ) as caught:
+            await tasks.start(replica, "slot", (1,), {})
+        assert caught.value.executed == "no"
+    with pytest.raises(ray.exceptions.RaySystemError):
+        await tasks.start(replica, "slot", (1,), {})
 
 
 async def test_where_ray_was_shut_down_no_task_is_started(fake: FakeRay, tasks: RayTasks) -> None:

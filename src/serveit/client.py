@@ -232,7 +232,10 @@ class Client(AppClient):
 
         Raises:
             KeyError: there is none; the text suggests or lists the known names.
+            TypeError: it is no name.
         """
+        if not isinstance(name, str):
+            raise TypeError(f"get_handle takes the name of a backend or of a route, a str; got {name!r}")
         return self._runtime.get_handle(name, sync=sync, missing_ok=missing_ok)
 
     async def deploy(

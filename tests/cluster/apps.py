@@ -22,11 +22,12 @@ class OwnError(LookupError):
     """A user's own."""
 
 
-class NotRebuilt(Exception):
-    """Its pickle cannot be read."""
+class WordedError(Exception):
+    """What its constructor takes is not what `args` are."""
 
     def __init__(self, one: int, two: int) -> None:
         super().__init__(f"{one} and {two}")
+        self.one = one
 
 
 # -- remote --------------------------------------------------------------------------------------
@@ -47,7 +48,7 @@ class Work:
     async def fail(self, kind: str) -> None:
         if kind == "not pickled":
             raise OwnError("holds a lock", threading.Lock())
-        raise OwnError("nothing there") if kind == "own" else NotRebuilt(1, 2)
+        raise OwnError("nothing there") if kind == "own" else WordedError(1, 2)
 
     async def count(self, end: int) -> AsyncIterator[int]:
         for number in range(end):

@@ -162,12 +162,24 @@ async def test_what_the_function_raises_is_raised_by_the_ref(client: Client) -> 
         with pytest.raises(apps.OwnError, match="nothing there") as caught:
             await way
         assert "apps.py" in str(caught.value) and "in fail" in str(caught.value), "the remote traceback"
-    for kind, text in (("other", "NotRebuilt: 1 and 2"), ("not pickled", "OwnError: .*holds a lock")):
-        with pytest.raises((RemoteError, ray.exceptions.RayError), match=text) as other:
-            await (await work.fail.remote(kind))
-        assert "in fail" in str(other.value)
+    with pytest.raises(apps.WordedError, match="1 and 2") as worded:
+        await (await work.fail.remote("worded"))
+    assert worded.value.one == 1 and "in fail" in str(worded.value)
+    with pytest.raises((RemoteError, ray.exceptions.RayError), match="OwnError: .*holds a lock") as other:
+        await (await work.fail.remote("not pickled"))
+    assert "in fail" in str(other.value)
     with pytest.raises(TypeError, match="missing 1 required positional argument"):
         await (await work.fail.remote())
+
+
+async def test_what_does_not_pickle_gives_its_slot_back(client: Client, gate: Gate) -> None:
+    two, lock = client.get_handle("two"), threading.Lock()
+    for args in ((lock,), (ray.put(1), lock), (lock,)):  # one more than it has slots
+        with pytest.raises(EncodingError, match=r"^an argument for replica two#\d+ .*lock") as caught:
+            await two.remote(*args)
+        assert caught.value.executed == "no"
+    gate.open()
+    assert await (await two.options(timeout_s=10).remote(str(gate.folder))) == "done"
 
 
 async def test_a_generator_is_refused_with_the_way_out(client: Client) -> None:

@@ -20,6 +20,17 @@ class NotRebuilt(Exception):
     def __init__(self, one: int, two: int) -> None:
         super().__init__(f"{one} and {two}")
 
+    def __reduce__(self) -> Any:
+        return type(self), ()
+
+
+class WordedError(LookupError):
+    """What its constructor takes is not what `args` are."""
+
+    def __init__(self, name: str, *, hint: str) -> None:
+        super().__init__(f"no {name}: {hint}")
+        self.name = name
+
 
 class OwnError(LookupError):
     """A user's own, with more than its text."""
@@ -68,6 +79,8 @@ class Desk:
     async def fail(self, kind: str) -> Any:
         if kind == "own":
             raise OwnError("nothing under that name", 7)
+        if kind == "worded":
+            raise WordedError("such name", hint="try another")
         if kind == "not rebuilt":
             raise NotRebuilt(1, 2)
         if kind == "not pickled":

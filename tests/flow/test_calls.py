@@ -95,6 +95,9 @@ async def test_an_exception_arrives_as_itself_with_its_traceback(served: Served)
     assert caught.value.code == 7
     assert isinstance(caught.value.__cause__, RemoteTraceback)
     assert "in fail" in str(caught.value.__cause__) and "apps.py" in str(caught.value.__cause__)
+    with pytest.raises(apps.WordedError, match="^no such name: try another$") as worded:
+        await served.handle("Desk").fail.call("worded")
+    assert worded.value.name == "such name" and "in fail" in str(worded.value.__cause__)
 
 
 @pytest.mark.parametrize(

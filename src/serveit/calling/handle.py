@@ -248,6 +248,7 @@ class Handle(Generic[P, R]):
         Raises:
             NeedsRay: the app runs without Ray.
             QueueFull, DeadlineExceeded, ReplicaDied: as `call`, until there is a slot.
+            EncodingError: arguments do not pickle.
         """
         gateway = await self._enter()
         tasks = gateway.needs_tasks()

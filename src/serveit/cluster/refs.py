@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from serveit.control.orders import NAMESPACE, parse_place
-from serveit.exceptions import NotServing
+from serveit.exceptions import EncodingError, NotServing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,10 +60,19 @@ class RayTasks:
             name = parse_place(replica.address).actor
             actor = await asyncio.to_thread(ray.get_actor, name, namespace=NAMESPACE)
             self._actors[replica.id] = actor
-        if self.are_among(args, kwargs):
-            return actor.run_with_refs.remote(request_id, *args, **kwargs)
-        # As one list of lists, which costs Ray less than an argument more.
-        return actor.run.remote([request_id, [*args], kwargs])
+        try:
+            if self.are_among(args, kwargs):
+                return actor.run_with_refs.remote(request_id, *args, **kwargs)
+            # As one list of lists, which costs Ray less than an argument more.
+            return actor.run.remote([request_id, [*args], kwargs])
+        except ray.exceptions.RayError:
+            raise
+        except Exception as error:
+            reason = error.__cause__ or error  # Ray writes pages about a TypeError
+            raise EncodingError(
+                f"an argument for replica {replica.id} cannot be pickled ({type(reason).__name__}: {reason})",
+                executed="no",
+            ) from reason
 
 
 class _Waiter:

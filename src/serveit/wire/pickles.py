@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from types import FunctionType, WrapperDescriptorType
 from typing import TYPE_CHECKING, Any
 
 from serveit.exceptions import EncodingError, ProtocolError, RemoteError, RemoteTraceback
@@ -133,13 +134,51 @@ def _loads(octets: Buffer, buffers: Sequence[memoryview]) -> Any:
 
 def dump_exception(error: BaseException, limit: int) -> bytes:
     """The pickled exception; empty if it does not pickle, or not into `limit` octets, or does not
-    come back from its pickle as what it was."""
+    come back from its pickle as what it was.
+
+    Plain pickle calls the class with `args` again, which is what its constructor gave to
+    `Exception.__init__` and seldom what it takes itself. Where that fails, or makes another text of it,
+    the exception is given a way of its own to be pickled, which whoever pickles it next takes, too: Ray.
+    """
+    if isinstance(error, BaseExceptionGroup):
+        for member in error.exceptions:
+            dump_exception(member, limit)
+    pickled, is_same = _there_and_back(error, limit)
+    if is_same or not _is_remade_by_its_class(error):
+        return pickled
+    reduced = (remade, (type(error), error.args), dict(vars(error)))
+    BaseException.__setattr__(error, "__reduce_ex__", lambda protocol: reduced)
+    whole, _ = _there_and_back(error, limit)
+    if not whole:
+        BaseException.__delattr__(error, "__reduce_ex__")
+    return whole or pickled
+
+
+def _there_and_back(error: BaseException, limit: int) -> tuple[bytes, bool]:
+    """Its pickle, if an exception of its class comes out of that; and whether its text is the same."""
     try:
         pickled = _dumps(error)
-        comes_back = len(pickled) <= limit and type(pickle.loads(pickled)) is type(error)
+        back = pickle.loads(pickled) if len(pickled) <= limit else None
+        return (pickled, str(back) == str(error)) if type(back) is type(error) else (b"", False)
     except BaseException:  # whatever user code's `__reduce__` and constructor do, a SystemExit too
-        return b""
-    return pickled if comes_back else b""
+        return b"", False
+
+
+def _is_remade_by_its_class(error: BaseException) -> bool:
+    """Whether pickle leaves it to a constructor written in Python."""
+    kind = type(error)
+    is_plain = kind.__reduce__ is BaseException.__reduce__ and kind.__reduce_ex__ is object.__reduce_ex__
+    return is_plain and isinstance(kind.__init__, FunctionType)
+
+
+def remade(kind: type[BaseException], args: tuple[Any, ...]) -> BaseException:
+    """An exception with these `args`, without its class's own constructor. Pickles refer to it."""
+    base: Any = next(
+        base for base in kind.__mro__ if isinstance(vars(base).get("__init__"), WrapperDescriptorType)
+    )
+    error: BaseException = base.__new__(kind, *args)
+    base.__init__(error, *args)
+    return error
 
 
 def load_exception(failure: Failure, body: bytes) -> Exception:
