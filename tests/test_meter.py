@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 
 import pytest
 
@@ -94,6 +95,34 @@ async def test_a_deadline_that_passes_is_an_error() -> None:
         await caller.result(first)
         assert (await caller.failure(late)).status == 504
         assert (figures(replica).requests, figures(replica).errors) == (2, 1)
+
+
+async def test_a_deadline_that_the_caller_sees_first_is_an_error() -> None:
+    """As routers do: they cancel what is late."""
+    clock, never = ManualClock(), asyncio.Event()
+
+    async def wait() -> None:
+        await never.wait()
+
+    async def begin() -> AsyncIterator[int]:
+        yield 1
+        await never.wait()
+
+    async with running(wait, clock) as replica:
+        caller = Caller(replica)
+        late, left = caller.call(deadline_ms=100), caller.call(deadline_ms=1000)
+        await clock.advance(0.1)
+        for stream in (late, left):
+            caller.cancel(stream)
+            await caller.over(stream)
+        assert (figures(replica).requests, figures(replica).errors) == (2, 1)
+    async with running(begin, clock) as replica:
+        caller = Caller(replica)
+        stream = caller.call(deadline_ms=100)
+        await clock.advance(1.0)
+        caller.cancel(stream)
+        await caller.over(stream)
+        assert figures(replica).errors == 0, "its answer had begun in time"
 
 
 async def test_refusals_by_reason() -> None:

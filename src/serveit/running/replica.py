@@ -226,7 +226,7 @@ class Replica:
     def cancel(self, job: Job) -> None:
         """Its caller gave up. A `def` function cannot be stopped: it keeps its slot until it returns."""
         if job.given_up is None and not job.outlives_caller:
-            self._give_up(job, Cancelled("cancelled by its caller"))
+            self._give_up(job, self._overdue(job) or Cancelled("cancelled by its caller"))
 
     def abandon(self, job: Job) -> None:
         """Whoever waits for its result gave up."""
@@ -389,6 +389,11 @@ class Replica:
         if job.deadline is None or self.clock.time() < job.deadline:
             return None
         return DeadlineExceeded(f"the deadline passed {where}", executed="no")
+
+    def _overdue(self, job: Job) -> DeadlineExceeded | None:
+        """The error for a job that its caller cancels because of the deadline, which is that of its answer's
+        beginning: callers look at it, too, and are mostly the first."""
+        return None if job.reply.has_begun else self.late(job, "before it was answered")
 
     def check_exit(self, error: BaseException | None) -> None:
         """User code asked for the end of the process: whoever runs the replica hears of it."""
