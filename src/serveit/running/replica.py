@@ -226,12 +226,12 @@ class Replica:
     def cancel(self, job: Job) -> None:
         """Its caller gave up. A `def` function cannot be stopped: it keeps its slot until it returns."""
         if job.given_up is None and not job.outlives_caller:
-            self._give_up(job, self._overdue(job) or Cancelled("cancelled by its caller"))
+            self._give_up(job, self._why_cancelled(job))
 
     def abandon(self, job: Job) -> None:
-        """Whoever waits for its result gave up."""
+        """Whoever waits for its result gave up, or may as well: its deadline has passed."""
         if job.given_up is None and not job.is_done:
-            self._give_up(job, Cancelled("cancelled by its caller"))
+            self._give_up(job, self._why_cancelled(job))
 
     def lapse(self, job: Job) -> None:
         """A slot was held until its deadline and nobody took it up."""
@@ -390,10 +390,10 @@ class Replica:
             return None
         return DeadlineExceeded(f"the deadline passed {where}", executed="no")
 
-    def _overdue(self, job: Job) -> DeadlineExceeded | None:
-        """The error for a job that its caller cancels because of the deadline, which is that of its answer's
-        beginning: callers look at it, too, and are mostly the first."""
-        return None if job.reply.has_begun else self.late(job, "before it was answered")
+    def _why_cancelled(self, job: Job) -> ServeitError:
+        """Callers cancel what is late, too, and are mostly the first to see it."""
+        late = None if job.reply.has_begun else self.late(job, "before it was answered")
+        return late or Cancelled("cancelled by its caller")
 
     def check_exit(self, error: BaseException | None) -> None:
         """User code asked for the end of the process: whoever runs the replica hears of it."""
