@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
@@ -60,6 +62,33 @@ async def test_durations_are_the_clock_s() -> None:
         assert now.queued.sum == pytest.approx(2.0), "the second waited for the first"
         assert now.processed.sum == pytest.approx(2.0)
         assert (now.running, now.waiting) == (0, 0)
+
+
+@pytest.mark.parametrize("batches", [False, True])
+async def test_a_wait_for_a_thread_is_none_in_user_code(batches: bool) -> None:
+    clock, may_end = ManualClock(), threading.Event()
+    begun: list[Any] = []
+
+    def wait(item: Any) -> Any:
+        begun.append(item)
+        assert may_end.wait(5)
+        return item
+
+    options = {"max_batch_size": 1, "max_concurrent_batches": 3} if batches else {"max_ongoing_requests": 3}
+    async with running(wait, clock, **options) as replica:
+        caller = Caller(replica)
+        streams = [caller.call(number) for number in range(3)]
+        await wait_until(lambda: len(begun) == 1, 5, "one has the thread")
+        caller.cancel(streams[2])
+        await clock.advance(2.0)
+        may_end.set()
+        for stream in streams:
+            await caller.over(stream)
+        now = figures(replica)
+        assert (now.requests, now.errors, len(begun)) == (3, 0, 2)
+        assert sum(now.queued.counts) == sum(now.processed.counts) == 3
+        assert now.queued.sum == pytest.approx(2.0), "the second waited for the first"
+        assert now.processed.sum == pytest.approx(2.0)
 
 
 async def test_what_its_caller_cancelled_is_no_error() -> None:
