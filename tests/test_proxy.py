@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,7 @@ async def test_it_answers_where_it_says() -> None:
     assert proxy.url == ""
     await proxy.start()
     url = proxy.url
-    assert url.startswith("http://127.0.0.1:")
-    assert url.endswith("/outside")
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+", url), "whoever asks here does not come through a balancer"
     async with connected(url) as wire:
         reply = await wire.get("/")
         assert (reply.body, "server" in reply, "date" in reply) == (b"ok", False, True)

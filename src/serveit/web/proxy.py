@@ -69,7 +69,7 @@ class Proxy:
             sock.close()
             raise _cannot_listen(self.options, error) from None
         scheme = "https" if self.options.ssl_certfile else "http"
-        self._url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{self.options.root_path}"
+        self._url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
         self._sockets = [sock]
         self._server = server
         self._main_loop = asyncio.get_running_loop().create_task(server.main_loop())
