@@ -5,6 +5,7 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,8 @@ from serveit.control.snapshot import AppInfo, BackendInfo, EndpointInfo, Replica
 from serveit.exceptions import Draining, NotServing, QueueFull, ReplicaDied
 from serveit.observe import NullObserver
 from serveit.testing import ManualClock
-from serveit.wire.frames import MAX_FRAME, FrameType
+from serveit.wire.frames import END, MAX_FRAME, PART, Credit, FrameType, decode_message
+from serveit.wire.streams import WINDOW
 from tests.fake_replicas import FakeExchange, FakeReplica, Replicas
 
 
@@ -35,8 +37,12 @@ class Rig:
             rng=random.Random(1),
         )
 
-    async def update(self, *backends: str, endpoints: tuple[EndpointInfo, ...] = (), limit: int = 2) -> None:
-        infos = tuple(BackendInfo(name, (ReplicaInfo(f"{name}#1", ""),), limit) for name in backends)
+    async def update(
+        self, *backends: str, endpoints: tuple[EndpointInfo, ...] = (), limit: int = 2, **options: Any
+    ) -> None:
+        infos = tuple(
+            BackendInfo(name, (ReplicaInfo(f"{name}#1", ""),), limit, **options) for name in backends
+        )
         await self.directory.update(AppInfo("shop", infos, endpoints, ()))
 
     def __getitem__(self, backend: str) -> FakeReplica:
@@ -221,19 +227,46 @@ async def test_a_shadow_of_a_backend_that_is_weighed_as_well(rig: Rig) -> None:
     await asyncio.gather(first.answer, second.answer)
 
 
-@pytest.mark.parametrize("answer", ["large", "stream"])
-async def test_a_shadow_s_long_answer_is_cut_short(rig: Rig, answer: str) -> None:
+async def test_a_shadow_s_large_answer_is_cut_short(rig: Rig) -> None:
     await rig.update("main", "shadow", endpoints=(SHADOWED,))
     rig.ask("/buy")
-    if answer == "large":
-        rig["shadow"].begin_large(1, 1_000_000)
-    else:
-        rig["shadow"].begin_stream(1)
+    rig["shadow"].begin_large(1, 1_000_000)
     await asyncio.sleep(0)
     assert [frame.stream for frame in rig["shadow"].sent(FrameType.CANCEL)] == [1]
     rig["shadow"].error(1)
     assert rig.directory.routers["shadow"].statistics().outstanding == 0
     assert rig["main"].sent(FrameType.CANCEL) == []
+
+
+async def test_a_shadow_s_stream_runs_to_its_end_unread(rig: Rig) -> None:
+    await rig.update("main", "shadow", endpoints=(SHADOWED,))
+    rig.ask("/buy")
+    shadow, octets = rig["shadow"], 200_000
+    shadow.begin_stream(1)
+    shadow.data(1, bytes(octets // 2))
+    await asyncio.sleep(0)
+    for _ in range(20):
+        shadow.data(1, bytes(octets // 2), PART)
+        shadow.data(1, bytes(octets // 2))
+    credit = sum(decode_message(Credit, frame).octets for frame in shadow.sent(FrameType.CREDIT))
+    assert credit >= 20 * octets - WINDOW, "as of what is read"
+    shadow.data(1, b"", END)
+    assert rig.directory.routers["shadow"].statistics().outstanding == 0
+    assert shadow.sent(FrameType.CANCEL) == []
+    assert rig.shadows[0].phase == Phase.DONE and rig.shadows[0].bucket is None
+
+
+async def test_a_shadow_s_stream_ends_some_time(rig: Rig) -> None:
+    await rig.update("main", "shadow", endpoints=(SHADOWED,), request_timeout_s=60.0)
+    rig.ask("/buy")
+    rig["shadow"].begin_stream(1)
+    await rig.clock.advance(59.0)
+    rig["shadow"].data(1, b"still here")
+    assert rig["shadow"].sent(FrameType.CANCEL) == []
+    await rig.clock.advance(2.0)
+    assert [frame.stream for frame in rig["shadow"].sent(FrameType.CANCEL)] == [1]
+    rig["shadow"].error(1)
+    assert rig.directory.routers["shadow"].statistics().outstanding == 0
 
 
 async def test_what_is_wrong_with_a_shadow_is_only_logged(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:

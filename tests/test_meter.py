@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
@@ -61,6 +64,33 @@ async def test_durations_are_the_clock_s() -> None:
         assert (now.running, now.waiting) == (0, 0)
 
 
+@pytest.mark.parametrize("batches", [False, True])
+async def test_a_wait_for_a_thread_is_none_in_user_code(batches: bool) -> None:
+    clock, may_end = ManualClock(), threading.Event()
+    begun: list[Any] = []
+
+    def wait(item: Any) -> Any:
+        begun.append(item)
+        assert may_end.wait(5)
+        return item
+
+    options = {"max_batch_size": 1, "max_concurrent_batches": 3} if batches else {"max_ongoing_requests": 3}
+    async with running(wait, clock, **options) as replica:
+        caller = Caller(replica)
+        streams = [caller.call(number) for number in range(3)]
+        await wait_until(lambda: len(begun) == 1, 5, "one has the thread")
+        caller.cancel(streams[2])
+        await clock.advance(2.0)
+        may_end.set()
+        for stream in streams:
+            await caller.over(stream)
+        now = figures(replica)
+        assert (now.requests, now.errors, len(begun)) == (3, 0, 2)
+        assert sum(now.queued.counts) == sum(now.processed.counts) == 3
+        assert now.queued.sum == pytest.approx(2.0), "the second waited for the first"
+        assert now.processed.sum == pytest.approx(2.0)
+
+
 async def test_what_its_caller_cancelled_is_no_error() -> None:
     never = asyncio.Event()
 
@@ -94,6 +124,34 @@ async def test_a_deadline_that_passes_is_an_error() -> None:
         await caller.result(first)
         assert (await caller.failure(late)).status == 504
         assert (figures(replica).requests, figures(replica).errors) == (2, 1)
+
+
+async def test_a_deadline_that_the_caller_sees_first_is_an_error() -> None:
+    """As routers do: they cancel what is late."""
+    clock, never = ManualClock(), asyncio.Event()
+
+    async def wait() -> None:
+        await never.wait()
+
+    async def begin() -> AsyncIterator[int]:
+        yield 1
+        await never.wait()
+
+    async with running(wait, clock) as replica:
+        caller = Caller(replica)
+        late, left = caller.call(deadline_ms=100), caller.call(deadline_ms=1000)
+        await clock.advance(0.1)
+        for stream in (late, left):
+            caller.cancel(stream)
+            await caller.over(stream)
+        assert (figures(replica).requests, figures(replica).errors) == (2, 1)
+    async with running(begin, clock) as replica:
+        caller = Caller(replica)
+        stream = caller.call(deadline_ms=100)
+        await clock.advance(1.0)
+        caller.cancel(stream)
+        await caller.over(stream)
+        assert figures(replica).errors == 0, "its answer had begun in time"
 
 
 async def test_refusals_by_reason() -> None:

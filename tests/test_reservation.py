@@ -327,6 +327,7 @@ async def test_the_deadline_ends_a_task_that_runs() -> None:
         assert caught.value.executed == "maybe"
         assert (await rig.holder.over(stream)).type == FrameType.ERROR
         assert (gate.cancelled, rig.slots, clock.armed) == (["x"], 0, 0)
+        assert rig.replica.meter.errors == 1
 
 
 async def test_at_the_deadline_a_def_function_keeps_its_slot_until_it_returns() -> None:

@@ -237,6 +237,17 @@ class TestOthers:
         assert not fake.connected
         assert fake.said == ["Ray is started", "Ray is shut down"]
 
+    def test_one_is_joined_twice_by_the_same_name(self, fake: FakeRay) -> None:
+        """Which is not Ray's: of 127.0.0.1 it makes the machine's address on the network."""
+        sessions = [open_session("localhost:6379"), open_session("localhost:6379"), open_session(GCS)]
+        assert fake.said == ["Ray is started"]
+        with pytest.raises(RuntimeError, match="already, not to 'else:1'"):
+            open_session("else:1")
+        for opened in sessions:
+            assert fake.connected
+            opened.close()
+        assert not fake.connected
+
     @pytest.mark.parametrize("error", [ConnectionError("nobody there"), ValueError("no such form")])
     def test_none_at_the_address(self, error: Exception, fake: FakeRay) -> None:
         fake.refuses = error

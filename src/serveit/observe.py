@@ -12,7 +12,8 @@ class Observer(Protocol):
         """A request got a place in the replica's waiting room or a slot."""
 
     def started(self, backend: str, replica: str, waited_s: float) -> None:
-        """A request begins to run, this long after it was admitted."""
+        """A request begins to run, this long after it was admitted. Of a function that takes a thread it is
+        told when the function has returned: before, nobody on the event loop knows."""
 
     def batch(self, backend: str, replica: str, size: int) -> None:
         """A batch of that many items goes to user code."""

@@ -56,7 +56,7 @@ class Clock(Protocol):
     """Where time comes from. Real: the event loop's. In tests: one that the test advances."""
 
     def time(self) -> float:
-        """Monotonic seconds."""
+        """Monotonic seconds; any thread may ask."""
         ...
 
     def call_later(self, delay_s: float, callback: Callable[..., Any], *args: Any) -> Timer: ...

@@ -45,7 +45,8 @@ class Dispatcher(Protocol):
         """The replica may be able to take more."""
 
     def answered(self, exchange: Exchange) -> None:
-        """The head of the answer, or the error, is in: the deadline is met."""
+        """The head of the answer, or the error, is in: the deadline is met. Or the end of one that nobody
+        reads, which has a deadline, too."""
 
     def refused(self, exchange: Exchange) -> None:
         """Its replica did not and will not execute it."""
@@ -338,6 +339,8 @@ class Connection:
             self._inflows.pop(stream, None)
             if exchange is not None:
                 exchange.phase = Phase.DONE
+                if exchange.bucket is not None:
+                    self._dispatcher.answered(exchange)
             self._finish(stream, self.others)
 
     @property

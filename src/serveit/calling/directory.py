@@ -233,15 +233,16 @@ class Directory:
         for backend in shadows_for(endpoint.traffic, self._random.random):
             try:
                 exchange = copy()
-                exchange.answer.add_done_callback(partial(_drop, exchange))
-                self._routers[backend].submit_now(exchange)
+                router = self._routers[backend]
+                exchange.answer.add_done_callback(partial(_drop, router, exchange))
+                router.submit_now(exchange)
             except Rejected as error:
                 logger.debug("a shadow request was left out: %s", error)
             except Exception:
                 logger.exception("a shadow request to backend %r could not be sent", backend)
 
 
-def _drop(exchange: Exchange, answer: asyncio.Future[Any]) -> None:
-    """Nobody reads a shadow's answer: what of it is still to come need not come."""
-    if not answer.cancelled() and answer.exception() is None and answer.result().inflow is not None:
-        exchange.cancel()
+def _drop(router: Router, exchange: Exchange, answer: asyncio.Future[Any]) -> None:
+    """Nobody reads a shadow's answer."""
+    if not answer.cancelled() and answer.exception() is None:
+        router.give_away(exchange, answer.result())

@@ -153,7 +153,8 @@ class Exchange:
 
     def expire(self) -> None:
         """Called by the deadline wheel."""
-        if self.owner is not None and self.phase < Phase.ANSWERING:
+        end = Phase.DONE if self.expendable else Phase.ANSWERING
+        if self.owner is not None and self.phase < end:
             self.owner.expire(self)
 
     def rebuild(self, failure: Failure, body: bytes) -> BaseException:

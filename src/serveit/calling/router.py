@@ -13,7 +13,7 @@ import random
 from collections import OrderedDict
 from contextvars import copy_context
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from serveit.calling.choice import choose
 from serveit.calling.connection import Connection
@@ -21,16 +21,14 @@ from serveit.calling.exchange import Exchange, Phase
 from serveit.calling.refusals import queue_full, shut_down, too_late
 from serveit.calling.retries import Retries
 from serveit.context import is_nested
-from serveit.exceptions import (
-    DeadlineExceeded,
-    NotServing,
-    QueueFull,
-)
+from serveit.exceptions import DeadlineExceeded, NotServing, QueueFull
+from serveit.wire.frames import FREED
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
     from contextvars import Context
 
+    from serveit.calling.exchange import Answer
     from serveit.clock import DeadlineWheel
     from serveit.control.snapshot import BackendInfo, ReplicaInfo
     from serveit.observe import Observer
@@ -222,6 +220,19 @@ class Router:
         connection.send(exchange)
         if exchange.deadline is not None:
             exchange.bucket = self._wheel.add(exchange, exchange.deadline)
+
+    def give_away(self, exchange: Exchange, answer: Answer[Any]) -> None:
+        """Nobody reads the answer of a request that was sent by `submit_now`. A whole one need not come. A
+        stream is user code that runs, and has `request_timeout_s` to come to its end."""
+        if answer.inflow is None:
+            return
+        if answer.flags & FREED:
+            self.cancel(exchange)
+            return
+        answer.inflow.discard()
+        limit_s = self.info.request_timeout_s
+        if limit_s is not None and exchange.phase < Phase.DONE:
+            exchange.bucket = self._wheel.add(exchange, self.now() + limit_s)
 
     def cancel(self, exchange: Exchange) -> None:
         """Give the request up, wherever it is."""

@@ -40,14 +40,17 @@ class _Connection:
 
     Attributes:
         embedded: whether it was started here, and ends with its last session.
+        address: that it was joined by, which Ray may spell otherwise.
         num_sessions: the one mutable thing.
     """
 
-    def __init__(self, reaper: Reaper | None) -> None:
+    def __init__(self, reaper: Reaper | None, address: str | None = None) -> None:
         """
         Args:
             reaper: of one that was started here.
+            address: of one that was joined.
         """
+        self.address = address
         self.embedded = reaper is not None
         self.num_sessions = 0
         self._reaper = reaper
@@ -153,13 +156,14 @@ def join_cluster(address: str) -> None:
 
 def _found(address: str | None) -> _Connection | None:
     """The Ray that this process is connected to, if that was begun here."""
+    known = _connection if _connection is not None and _connection.is_there else None
     here = ray.get_runtime_context().gcs_address
-    if address not in (None, "auto", here):
+    if address not in (None, "auto", here, known and known.address):
         raise RuntimeError(
             f"this process is connected to the Ray cluster at {here} already, not to {address!r}: "
             "leave address out, or call ray.shutdown() first"
         )
-    return _connection if _connection is not None and _connection.is_there else None
+    return known
 
 
 def _joined(address: str) -> _Connection:
@@ -169,7 +173,7 @@ def _joined(address: str) -> _Connection:
         ray.init(address=address, namespace=NAMESPACE, logging_level=logging.ERROR)
     except (ConnectionError, ValueError) as error:
         raise ConnectionError(f"no Ray cluster at {address!r}: {error}; {WAYS_OUT}") from None
-    return _Connection(None)
+    return _Connection(None, address)
 
 
 def _start() -> _Connection:

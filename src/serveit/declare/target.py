@@ -43,6 +43,11 @@ class Method:
     is_generator: bool
     is_batch: bool
 
+    @property
+    def takes_thread(self) -> bool:
+        """Whether it begins only when a thread is free for it."""
+        return not (self.is_async or self.is_generator)
+
 
 def describe(target: Any) -> str:
     """How messages name a function, class or import string."""

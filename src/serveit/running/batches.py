@@ -78,24 +78,36 @@ class Batches:
         if not jobs:
             return
         replica, count, name = self._replica, len(jobs), self._replica.backend.name
-        begun = replica.clock.time()
         batch = BatchRun(asyncio.current_task(), count)
         for job in jobs:
             job.state, job.batch, job.in_user_code = JobState.RUNNING, batch, True
-            replica.observer.started(name, replica.id, begun - job.admitted_at)
+        if not method.takes_thread:
+            batch.begun_at = replica.clock.time()
+            self._tell_begun(jobs, batch.begun_at)
         replica.observer.batch(name, replica.id, count)
         replica.enter(jobs[0].request_id, latest_deadline(jobs))
         error: BaseException | None = None
         try:
-            value = await replica.instance.call(method, function, ([job.item for job in jobs],), {})
+            items = [job.item for job in jobs]
+            value = await replica.instance.call(
+                method, function, (items,), {}, partial(replica.note_begin, batch)
+            )
             outcomes = batch_outcomes(value, count, name)
         except BaseException as raised:
             error = raised
             outcomes = failed_outcomes(raised, count, name)
-        ran_s = replica.clock.time() - begun
+        now = replica.clock.time()
+        begun = now if batch.begun_at is None else batch.begun_at
+        if method.takes_thread:
+            self._tell_begun(jobs, begun)
         for job, outcome in zip(jobs, outcomes, strict=True):
-            self._finish(job, outcome, ran_s)
+            self._finish(job, outcome, now - begun)
         replica.check_exit(error)
+
+    def _tell_begun(self, jobs: list[Job], begun: float) -> None:
+        replica = self._replica
+        for job in jobs:
+            replica.observer.started(replica.backend.name, replica.id, begun - job.admitted_at)
 
     def _finish(self, job: Job, outcome: Any, ran_s: float) -> None:
         """Answer one job. Whatever its result does when it is encoded, its mates get theirs."""

@@ -127,14 +127,29 @@ class Instance:
             found = self._methods[name] = method, function
         return found
 
-    async def call(self, method: Method, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Call it where it belongs; a generator comes back unstarted."""
+    async def call(
+        self,
+        method: Method,
+        function: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        on_begin: Callable[[], None] = _nothing,
+    ) -> Any:
+        """Call it where it belongs; a generator comes back unstarted.
+
+        Args:
+            method: what is known of it.
+            function: it, bound to the object.
+            args: positional arguments.
+            kwargs: keyword arguments.
+            on_begin: for one that takes a thread: called in it, just before.
+        """
         if method.is_generator:
             value = function(*args, **kwargs)
         elif method.is_async:
             return await function(*args, **kwargs)
         else:
-            value = await self.in_thread(partial(function, *args, **kwargs))
+            value = await self.in_thread(partial(_after, on_begin, partial(function, *args, **kwargs)))
         return await value if inspect.isawaitable(value) else value
 
     async def iterate(self, items: Iterator[Any]) -> AsyncIterator[Any]:

@@ -124,6 +124,7 @@ class BatchRun:
 
     task: asyncio.Task[None] | None
     wanted: int
+    begun_at: float | None = None
     reported: BaseException | None = None
     """A failure of the whole batch is logged once, not once per item."""
 
@@ -143,6 +144,7 @@ class Job(ABC):
     __slots__ = (
         "admitted_at",
         "batch",
+        "begun_at",
         "deadline",
         "entered",
         "given_up",
@@ -166,6 +168,8 @@ class Job(ABC):
         self.reply = reply
         self.state = JobState.WAITING
         self.admitted_at = 0.0
+        self.begun_at: float | None = None
+        """When user code began; None where a thread has not been free for it."""
         self.task: asyncio.Task[None] | None = None
         self.batch: BatchRun | None = None
         self.item: Any = None

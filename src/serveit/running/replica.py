@@ -10,6 +10,7 @@ import asyncio
 import contextvars
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from serveit.context import Context, Resolver, enter
@@ -19,7 +20,7 @@ from serveit.running.admission import Admission
 from serveit.running.batches import Batches
 from serveit.running.failures import Cancelled
 from serveit.running.instance import Instance
-from serveit.running.job import Job, JobState
+from serveit.running.job import BatchRun, Job, JobState
 from serveit.running.meter import ReplicaMeter, ReplicaStatistics
 
 if TYPE_CHECKING:
@@ -226,12 +227,12 @@ class Replica:
     def cancel(self, job: Job) -> None:
         """Its caller gave up. A `def` function cannot be stopped: it keeps its slot until it returns."""
         if job.given_up is None and not job.outlives_caller:
-            self._give_up(job, Cancelled("cancelled by its caller"))
+            self._give_up(job, self._why_cancelled(job))
 
     def abandon(self, job: Job) -> None:
-        """Whoever waits for its result gave up."""
+        """Whoever waits for its result gave up, or may as well: its deadline has passed."""
         if job.given_up is None and not job.is_done:
-            self._give_up(job, Cancelled("cancelled by its caller"))
+            self._give_up(job, self._why_cancelled(job))
 
     def lapse(self, job: Job) -> None:
         """A slot was held until its deadline and nobody took it up."""
@@ -335,8 +336,9 @@ class Replica:
 
     async def _run(self, job: Job, method: Method, function: Callable[..., Any]) -> None:
         job.entered = True
-        begun = self.clock.time()
-        self.observer.started(self.backend.name, self.id, begun - job.admitted_at)
+        if not method.takes_thread:
+            job.begun_at = self.clock.time()
+            self.observer.started(self.backend.name, self.id, job.begun_at - job.admitted_at)
         error: BaseException | None = None
         try:
             job.check_wanted()
@@ -345,7 +347,7 @@ class Replica:
                 raise late
             args, kwargs = job.arguments(method)
             job.in_user_code = True
-            value = await self.instance.call(method, function, args, kwargs)
+            value = await self.instance.call(method, function, args, kwargs, partial(self.note_begin, job))
             job.check_wanted()
             if is_stream(value):
                 await self._stream(job, value)
@@ -359,7 +361,11 @@ class Replica:
         except BaseException as raised:
             error = raised
             self.end(job, job.given_up or error)
-        self.observer.finished(self.backend.name, self.id, self.clock.time() - begun, job.given_up or error)
+        now = self.clock.time()
+        begun = now if job.begun_at is None else job.begun_at
+        if method.takes_thread:
+            self.observer.started(self.backend.name, self.id, begun - job.admitted_at)
+        self.observer.finished(self.backend.name, self.id, now - begun, job.given_up or error)
         self.check_exit(error)
 
     async def _stream(self, job: Job, items: Any) -> None:
@@ -380,6 +386,10 @@ class Replica:
         context = context or self.variables.copy()
         return asyncio.get_running_loop().create_task(coroutine, context=context)
 
+    def note_begin(self, run: Job | BatchRun) -> None:
+        """In its thread."""
+        run.begun_at = self.clock.time()
+
     def enter(self, request_id: str, deadline: float | None) -> None:
         """The running task's code runs for this request from here on."""
         enter(self._context.of_request(request_id, deadline), self._resolver)
@@ -389,6 +399,11 @@ class Replica:
         if job.deadline is None or self.clock.time() < job.deadline:
             return None
         return DeadlineExceeded(f"the deadline passed {where}", executed="no")
+
+    def _why_cancelled(self, job: Job) -> ServeitError:
+        """Callers cancel what is late, too, and are mostly the first to see it."""
+        late = None if job.reply.has_begun else self.late(job, "before it was answered")
+        return late or Cancelled("cancelled by its caller")
 
     def check_exit(self, error: BaseException | None) -> None:
         """User code asked for the end of the process: whoever runs the replica hears of it."""

@@ -80,6 +80,11 @@ class Reply:
         return self.outflow is not None and not self.ended
 
     @property
+    def has_begun(self) -> bool:
+        """Whether the head of an answer is on its way."""
+        return self.outflow is not None or self.ended
+
+    @property
     def keeps_slot(self) -> bool:
         """Whether the slot is to be kept until the answer has been read."""
         return self.unread > 0 and not (self._freed or self.ended)

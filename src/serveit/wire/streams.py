@@ -153,6 +153,7 @@ class Inflow:
         self._ended = False
         self._error: BaseException | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._is_discarded = False
 
     def __repr__(self) -> str:
         state = "failed" if self._error else "ended" if self._ended else "open"
@@ -170,6 +171,10 @@ class Inflow:
         self._outstanding += price
         if self._outstanding > WINDOW:
             raise ProtocolError("DATA beyond the credit given")
+        if self._is_discarded:
+            self._ended = bool(flags & END)
+            self._take(price)
+            return
         self._parts.append(body)
         self._parts_cost += price
         if flags & PART:
@@ -183,6 +188,14 @@ class Inflow:
         self._parts_cost = 0
         self._ended = bool(flags & END)
         self._wake()
+
+    def discard(self) -> None:
+        """Nobody will read: what comes counts as taken, so that the writer gets through with it."""
+        self._is_discarded = True
+        self._take(sum(self._costs) + self._parts_cost)
+        self._items.clear()
+        self._costs.clear()
+        self._parts, self._parts_cost = [], 0
 
     def fail(self, error: BaseException) -> None:
         """No more will come; readers get `error` once they have taken what came before it."""
