@@ -166,13 +166,14 @@ class TestWatcher:
         assert os.readlink(f"/proc/{pid}/cwd") == "/"
         await wait_until(lambda: ignores(pid) >= {signal.SIGINT, signal.SIGTERM}, GONE_S, "it is ready")
 
-    def test_of_a_driver_that_is_marked_is_not(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test_of_a_driver_that_is_marked_is_not(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(VARIABLE, "others")
         watcher = Reaper()
         watcher.start()
         try:
-            environment = Path(f"/proc/{pid_of(watcher)}/environ").read_bytes()
-            assert VARIABLE.encode() not in environment and b"PATH=" in environment
+            environment = Path(f"/proc/{pid_of(watcher)}/environ").read_bytes
+            await wait_until(environment, GONE_S, "its program has begun")
+            assert VARIABLE.encode() not in environment() and b"PATH=" in environment()
         finally:
             watcher.close()
 

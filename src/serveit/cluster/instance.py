@@ -173,7 +173,7 @@ class Instance:
             Exception: what a replica's start-up code raised. What ran before runs on.
         """
         spec = await asyncio.to_thread(packed, spec)
-        version = await ask(self._controller, "deploy", encode(spec))
+        version = await ask(self._controller, "deploy", encode(spec), timeout_s=None)
         tell, seen = on_progress or Waits(spec.name), b""
         while wait:
             octets = await ask(self._controller, "deployed", spec.name, version, seen, timeout_s=None)
