@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import NamedTuple
 
 import ray
 from ray.cluster_utils import Cluster
@@ -27,7 +28,7 @@ NODES = ("127.0.0.2", "127.0.0.3", "127.0.0.4")
 PAUSE_S = 0.005
 """Between two requests of one caller."""
 QUIET_S = 0.3
-"""Before a change, and after it has returned."""
+"""After a change has returned, at least."""
 ELSEWHERE = "elsewhere"
 """The resource that only the nodes without the driver have."""
 
@@ -54,21 +55,27 @@ async def green() -> str:
 app.add_route("/ask", traffic={"blue": 1.0, "green": 0.0}, name="ask")
 
 
+class Answer(NamedTuple):
+    """Times are of `time.monotonic`, the same clock in all processes of a machine."""
+
+    begun: float
+    ended: float
+    backend: str
+
+
 @dataclass
 class Caller:
-    """Asks on and on, and notes when each request began, and which backend answered.
-
-    `time.monotonic` is the same clock in all processes of a machine.
-    """
+    """Asks on and on, and notes when, and which backend answered."""
 
     ask: Callable[[], str]
-    answers: list[tuple[float, str]] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
     ends: threading.Event = field(default_factory=threading.Event)
 
     def run(self) -> None:
         while not self.ends.wait(PAUSE_S):
             begun = time.monotonic()
-            self.answers.append((begun, self.ask()))
+            backend = self.ask()
+            self.answers.append(Answer(begun, time.monotonic(), backend))
 
 
 class Far:
@@ -77,9 +84,12 @@ class Far:
     def __init__(self, handle: serveit.SyncHandle[[], str]) -> None:
         self._caller = Caller(handle.call)
 
-    def run(self) -> list[tuple[float, str]]:
+    def run(self) -> list[Answer]:
         self._caller.run()
         return self._caller.answers
+
+    def num_answers(self) -> int:
+        return len(self._caller.answers)
 
     def end(self) -> None:
         self._caller.ends.set()
@@ -135,21 +145,32 @@ def change_on(client: serveit.SyncClient, port: int, rounds: int) -> list[Change
     callers = {f"server on {node}": Caller(over_http(node, port)) for node in NODES}
     callers["handle in the driver"] = Caller(client.get_handle("ask").call)
     threads = [threading.Thread(target=caller.run) for caller in callers.values()]
-    far = ray.remote(num_cpus=0, max_concurrency=2, resources={ELSEWHERE: 1})(Far).remote(
-        client.get_handle("ask")
-    )
+    handle = client.get_handle("ask")
+    far = ray.remote(num_cpus=0, max_concurrency=3, resources={ELSEWHERE: 1})(Far).remote(handle)
     far_answers = far.run.remote()
     for thread in threads:
         thread.start()
+
+    def num_answers() -> list[int]:
+        return [*(len(caller.answers) for caller in callers.values()), ray.get(far.num_answers.remote())]
+
+    def wait_for_all() -> None:
+        """Until everybody has begun a request, and got its answer."""
+        before = num_answers()
+        while any(now < then + 2 for now, then in zip(num_answers(), before, strict=True)):
+            time.sleep(PAUSE_S)
+
     made = []
     try:
-        time.sleep(3 * QUIET_S)  # everybody asks
+        wait_for_all()
         for number in range(rounds):
             old, new = ("green", "blue") if number % 2 else ("blue", "green")
             begun = time.monotonic()
             client.set_traffic("ask", {old: 0.0, new: 1.0})
-            made.append((begun, time.monotonic(), new))
+            returned = time.monotonic()
             time.sleep(QUIET_S)
+            wait_for_all()
+            made.append((begun, returned, time.monotonic(), new))
     finally:
         ray.get(far.end.remote())
         for caller in callers.values():
@@ -158,21 +179,23 @@ def change_on(client: serveit.SyncClient, port: int, rounds: int) -> list[Change
             thread.join()
     answers = {name: caller.answers for name, caller in callers.items()}
     answers["handle on another node"] = ray.get(far_answers)
-    ends = [begun for begun, _, _ in made[1:]] + [float("inf")]
     return [
         Change(
             returned - begun,
             {name: seen(noted, begun, end, new) - begun for name, noted in answers.items()},
         )
-        for (begun, returned, new), end in zip(made, ends, strict=True)
+        for begun, returned, end, new in made
     ]
 
 
-def seen(answers: Sequence[tuple[float, str]], begun: float, end: float, new: str) -> float:
-    """When the first request began after which, until the next change, all went the new way."""
-    since = [(at, backend) for at, backend in answers if begun <= at < end - QUIET_S / 2]
-    old = [index for index, (_, backend) in enumerate(since) if backend != new]
-    return since[old[-1] + 1 if old else 0][0]
+def seen(answers: Sequence[Answer], begun: float, end: float, new: str) -> float:
+    """When the first request began after which all went the new way, of those between `begun` and `end`."""
+    since = [answer for answer in answers if begun <= answer.begun and answer.ended <= end]
+    old = [index for index, answer in enumerate(since) if answer.backend != new]
+    first = old[-1] + 1 if old else 0
+    if first == len(since):
+        raise RuntimeError(f"a caller still went the old way {end - begun:.1f} s after the change")
+    return since[first].begun
 
 
 def over_http(node: str, port: int) -> Callable[[], str]:
